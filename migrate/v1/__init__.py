@@ -1,0 +1,1 @@
+"""Generated from proto/migrate/v1/ by scripts/gen_proto."""
