@@ -13,9 +13,11 @@ ffibuilder.cdef((HERE / "cdef.h").read_text())
 ffibuilder.set_source(
     "migrate.native._native",
     "".join(f'#include "{header.name}"\n' for header in sorted(HERE.glob("*.h")) if header.name != "cdef.h"),
-    sources=[os.path.relpath(source, HERE.parent.parent) for source in sorted(HERE.glob("*.c")) if source.stem != "_native"],
+    sources=[
+        os.path.relpath(source, HERE.parent.parent) for source in sorted(HERE.glob("*.c")) if source.stem != "_native"
+    ],
     include_dirs=[os.path.relpath(HERE, HERE.parent.parent)],
     depends=[os.path.relpath(header, HERE.parent.parent) for header in sorted(HERE.glob("*.h"))],
-    extra_compile_args=["-std=gnu11", "-O2", "-pthread", "-fvisibility=hidden", *WARNINGS],
+    extra_compile_args=["-std=gnu11", "-D_GNU_SOURCE", "-O2", "-pthread", "-fvisibility=hidden", *WARNINGS],
     extra_link_args=["-pthread"],
 )

@@ -30,7 +30,7 @@ class FetchPagesRequest(_message.Message):
     region: _builtins.int
     first_page: _builtins.int
     page_count: _builtins.int
-    """At least 1. The run must lie within the region."""
+    """1 to 256. The run must lie within the region."""
     def __init__(
         self,
         *,

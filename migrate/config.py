@@ -1,0 +1,76 @@
+"""What a daemon is told on its command line, and the limits that hold everywhere."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from migrate.errors import ConfigError
+
+PROTOCOL_VERSION = 1
+"""Spoken between daemons. A destination accepts its own version and the one before."""
+
+REQUEST_PAGES_MAX = 256
+"""Pages of one FetchPages request: 1 MiB, well within gRPC's default message limit."""
+
+BACKGROUND_RUN_PAGES = 64
+"""Pages of one background request: UFFDIO_COPY reaches its plateau at 64 KiB, the wire at 256 KiB."""
+
+BACKGROUND_RUNS_IN_FLIGHT = 8
+
+CONNECT_DEADLINE_S = 5.0
+
+_PORT_MAX = 0xFFFF
+
+SWITCHOVER_DEADLINE_S = 120.0
+"""How long a prepared destination waits for its switchover before it gives the guest up as never arrived."""
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """A TCP address."""
+
+    host: str
+    port: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Endpoint":
+        """Read HOST:PORT, IPv6 hosts in brackets.
+
+        Raises:
+            ConfigError: not an address.
+        """
+        host, separator, port = text.rpartition(":")
+        if not separator or not host or not port.isascii() or not port.isdigit() or int(port) > _PORT_MAX:
+            raise ConfigError(f"{text!r} is not HOST:PORT")
+        if host.startswith("[") != host.endswith("]") or (":" in host and not host.startswith("[")):
+            raise ConfigError(f"{text!r} is not HOST:PORT; an IPv6 host goes in brackets")
+        return cls(host.strip("[]"), int(port))
+
+    @property
+    def is_unspecified(self) -> bool:
+        """Whether the host means every local address, and so tells a peer nothing."""
+        return self.host in ("", "0.0.0.0", "::")  # noqa: S104 - compared, not bound
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this host can reach it."""
+        return self.host in ("localhost", "::1") or self.host.startswith("127.")
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class DaemonConfig:
+    """A daemon's settings.
+
+    Attributes:
+        listen: HOST:PORT of the control services; port 0 takes a free one.
+        page_listen: HOST:PORT of the page service; None takes a free port beside the control services.
+        state_dir: Where guests' sockets live; None makes a private directory that goes with the daemon.
+        ready_fd: Written one JSON line {"listen": …, "page_listen": …} once the daemon serves, then closed.
+    """
+
+    listen: str
+    page_listen: str | None = None
+    state_dir: Path | None = None
+    ready_fd: int | None = None

@@ -1,0 +1,184 @@
+"""The guests of this host: their processes, their names, and which migration is moving them."""
+
+import os
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+from migrate.errors import (
+    AlreadyExistsError,
+    GuestBusyError,
+    GuestGoneError,
+    MigrateError,
+    NotEnoughMemoryError,
+    NotFoundError,
+)
+from migrate.guest.client import GuestClient
+from migrate.guest.layout import check_spec
+from migrate.guest.spawn import GuestProcess, start_guest
+from migrate.telemetry.host import available_bytes
+from migrate.units import format_bytes
+from migrate.v1 import types_pb2 as types
+
+
+@dataclass(slots=True)
+class HostedGuest:
+    """One guest process and our connection to it."""
+
+    spec: types.GuestSpec
+    process: GuestProcess
+    client: GuestClient
+    migration_id: str = ""
+
+
+class GuestRegistry:
+    """All guests of a daemon, by name. Thread-safe.
+
+    Args:
+        socket_dir: Where the guests' sockets live.
+    """
+
+    def __init__(self, socket_dir: Path) -> None:
+        self._socket_dir = socket_dir
+        self._guests: dict[str, HostedGuest] = {}
+        self._reserved: set[str] = set()
+        self._lock = threading.Lock()
+
+    def create(self, spec: types.GuestSpec) -> types.Guest:
+        """Start a guest of this host.
+
+        Raises:
+            ConfigError: the spec makes no sense.
+            AlreadyExistsError: the name is taken.
+            NotEnoughMemoryError: its working set does not fit.
+            UnsupportedHostError: this host cannot run its kind.
+        """
+        check_spec(spec)
+        needed_bytes = spec.workload.working_set_bytes or spec.memory_bytes
+        if needed_bytes > available_bytes():
+            raise NotEnoughMemoryError(
+                f"the guest would occupy {format_bytes(needed_bytes)}, {format_bytes(available_bytes())} are available",
+                remedy="give it a smaller --working-set or --memory",
+            )
+        return self.describe(self._start(spec, spec, ""))
+
+    def create_incoming(self, description: types.GuestDescription, migration_id: str) -> HostedGuest:
+        """Start the empty twin of a guest that arrives.
+
+        Raises:
+            AlreadyExistsError: the name is taken.
+            MissingFeatureError: this host lacks a vCPU feature.
+            UnsupportedHostError: this host cannot run its kind.
+        """
+        check_spec(description.spec)
+        return self._start(description.spec, description, migration_id)
+
+    def find(self, name: str) -> HostedGuest:
+        """The guest of that name.
+
+        Raises:
+            NotFoundError: there is none.
+        """
+        with self._lock:
+            guest = self._guests.get(name)
+        if guest is None:
+            raise NotFoundError(f"no guest named {name!r} is on this host", remedy="see `migrate guest list`")
+        return guest
+
+    def list(self) -> list[types.Guest]:
+        """All guests, by name. One that just died is left out."""
+        with self._lock:
+            guests = [self._guests[name] for name in sorted(self._guests)]
+        listed = []
+        for guest in guests:
+            try:
+                listed.append(self.describe(guest))
+            except GuestGoneError:
+                continue
+        return listed
+
+    def describe(self, guest: HostedGuest) -> types.Guest:
+        """What an operator sees of a guest."""
+        description, state, pid, memfds = guest.client.describe()
+        for memfd in memfds:
+            os.close(memfd)
+        return types.Guest(
+            spec=guest.spec,
+            state=state,
+            pid=pid,
+            resident_bytes=sum(region.resident_bytes for region in description.regions),
+            migration_id=guest.migration_id,
+        )
+
+    def claim(self, name: str, migration_id: str) -> HostedGuest:
+        """Bind a guest to a migration; it cannot be paused, resumed, deleted or moved otherwise meanwhile.
+
+        Raises:
+            NotFoundError: there is no such guest.
+            GuestBusyError: another migration is moving it.
+        """
+        guest = self.find(name)
+        with self._lock:
+            _check_free(guest)
+            guest.migration_id = migration_id
+        return guest
+
+    def release(self, guest: HostedGuest) -> None:
+        """Undo a claim: the guest is an ordinary one again."""
+        with self._lock:
+            guest.migration_id = ""
+
+    def operate(self, name: str) -> HostedGuest:
+        """The guest of that name, for an operator's change.
+
+        Raises:
+            NotFoundError: there is no such guest.
+            GuestBusyError: a migration is moving it.
+        """
+        guest = self.find(name)
+        with self._lock:
+            _check_free(guest)
+        return guest
+
+    def remove(self, guest: HostedGuest) -> None:
+        """End a guest, free its RAM and its name."""
+        guest.client.close()
+        guest.process.kill()
+        with self._lock:
+            if self._guests.get(guest.spec.name) is guest:
+                del self._guests[guest.spec.name]
+
+    def close(self) -> None:
+        """End all guests."""
+        with self._lock:
+            guests = list(self._guests.values())
+        for guest in guests:
+            self.remove(guest)
+
+    def _start(
+        self, spec: types.GuestSpec, start_from: types.GuestSpec | types.GuestDescription, migration_id: str
+    ) -> HostedGuest:
+        socket_path = self._socket_dir / f"{spec.name}.sock"
+        with self._lock:
+            if spec.name in self._guests or spec.name in self._reserved:
+                raise AlreadyExistsError(f"a guest named {spec.name!r} is on this host already")
+            self._reserved.add(spec.name)
+        try:
+            process = start_guest(start_from, socket_path)
+            try:
+                client = GuestClient(socket_path)
+            except MigrateError:
+                process.kill()
+                raise
+            guest = HostedGuest(spec, process, client, migration_id)
+            with self._lock:
+                self._guests[spec.name] = guest
+            return guest
+        finally:
+            with self._lock:
+                self._reserved.discard(spec.name)
+
+
+def _check_free(guest: HostedGuest) -> None:
+    if guest.migration_id:
+        raise GuestBusyError(f"guest {guest.spec.name!r} is being moved by migration {guest.migration_id}")

@@ -1,0 +1,182 @@
+"""One daemon process: servers up, wait for a signal, leave nothing behind."""
+
+import json
+import logging
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+from concurrent import futures
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from migrate.config import DaemonConfig, Endpoint
+from migrate.daemon.guests import GuestRegistry
+from migrate.daemon.migrations import MigrationRegistry
+from migrate.daemon.services import GuestServicer, MigrationServicer, TransferServicer
+from migrate.daemon.status import ErrorInterceptor
+from migrate.errors import ConfigError
+from migrate.pageserver.exports import Exports
+from migrate.pageserver.servicer import PageServicer
+from migrate.telemetry.clock import Clock
+from migrate.v1 import (
+    guest_service_pb2,
+    guest_service_pb2_grpc,
+    migration_service_pb2,
+    migration_service_pb2_grpc,
+    page_service_pb2,
+    page_service_pb2_grpc,
+    transfer_service_pb2,
+    transfer_service_pb2_grpc,
+)
+
+_CONTROL_THREADS = 64
+_PAGE_THREADS = 64
+_GRACE_S = 1.0
+# A control call waits for the GIL behind at most a few threads that place pages; 1 ms turns keep it within its 50 ms.
+_SWITCH_INTERVAL_S = 0.001
+_SERVER_OPTIONS = (
+    # Two daemons on one port would each take some of the calls.
+    ("grpc.so_reuseport", 0),
+    ("grpc.max_receive_message_length", 64 << 20),
+)
+
+_log = logging.getLogger(__name__)
+
+
+class Daemon:
+    """Servers and registries of one daemon.
+
+    Args:
+        config: Its settings.
+
+    Raises:
+        ConfigError: an address cannot be listened on.
+    """
+
+    def __init__(self, config: DaemonConfig) -> None:
+        listen = Endpoint.parse(config.listen)
+        page_listen = Endpoint.parse(config.page_listen) if config.page_listen else Endpoint(listen.host, 0)
+        self._owns_state_dir = config.state_dir is None
+        self.state_dir = config.state_dir or Path(tempfile.mkdtemp(prefix="migrate-"))
+        self.stopping = threading.Event()
+        self._exports = Exports()
+        self._guests = GuestRegistry(_make_socket_dir(self.state_dir))
+        self._migrations = MigrationRegistry(self._guests, self._exports, Clock())
+        self._health = health.HealthServicer()
+        self._control = self._build_control_server()
+        self._pages = grpc.server(
+            futures.ThreadPoolExecutor(_PAGE_THREADS, "pages"),
+            interceptors=[ErrorInterceptor()],
+            options=_SERVER_OPTIONS,
+        )
+        page_service_pb2_grpc.add_PageServiceServicer_to_server(PageServicer(self._exports), self._pages)
+        try:
+            self.control_endpoint = _bind(self._control, listen)
+            self.page_endpoint = _bind(self._pages, page_listen)
+        except ConfigError:
+            self._remove_state()
+            raise
+        self._migrations.control_endpoint = self.control_endpoint
+        self._migrations.page_endpoint = self.page_endpoint
+
+    def start(self) -> None:
+        """Serve."""
+        self._pages.start()
+        self._control.start()
+        for service in ("", *_SERVICE_NAMES):
+            self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+
+    def close(self) -> None:
+        """Stop serving, end sessions and guests, remove what was made."""
+        self.stopping.set()
+        self._health.enter_graceful_shutdown()
+        control_stopped = self._control.stop(_GRACE_S)
+        self._migrations.close()
+        pages_stopped = self._pages.stop(_GRACE_S)
+        control_stopped.wait()
+        pages_stopped.wait()
+        self._guests.close()
+        self._remove_state()
+
+    def _build_control_server(self) -> grpc.Server:
+        server = grpc.server(
+            futures.ThreadPoolExecutor(_CONTROL_THREADS, "control"),
+            interceptors=[ErrorInterceptor()],
+            options=_SERVER_OPTIONS,
+        )
+        guest_service_pb2_grpc.add_GuestServiceServicer_to_server(GuestServicer(self._guests, self.stopping), server)
+        migration_service_pb2_grpc.add_MigrationServiceServicer_to_server(
+            MigrationServicer(self._migrations, self.stopping), server
+        )
+        transfer_service_pb2_grpc.add_TransferServiceServicer_to_server(TransferServicer(self._migrations), server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection((*_SERVICE_NAMES, reflection.SERVICE_NAME), server)
+        return server
+
+    def _remove_state(self) -> None:
+        shutil.rmtree(self.state_dir / "guests", ignore_errors=True)
+        if self._owns_state_dir:
+            shutil.rmtree(self.state_dir, ignore_errors=True)
+
+
+_SERVICE_NAMES = tuple(
+    module.DESCRIPTOR.services_by_name[name].full_name
+    for module, name in (
+        (guest_service_pb2, "GuestService"),
+        (migration_service_pb2, "MigrationService"),
+        (transfer_service_pb2, "TransferService"),
+        (page_service_pb2, "PageService"),
+    )
+)
+
+
+def run_daemon(config: DaemonConfig) -> None:
+    """Run a daemon until SIGTERM or SIGINT.
+
+    Raises:
+        ConfigError: an address cannot be listened on.
+    """
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    daemon = Daemon(config)
+    # A handler that set an event could interrupt the very thread that holds the event's lock: a pipe has none.
+    wake_read, wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    os.set_blocking(wake_read, True)
+    signal.set_wakeup_fd(wake_write)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    try:
+        daemon.start()
+        _log.info("control at %s, pages at %s", daemon.control_endpoint, daemon.page_endpoint)
+        if config.ready_fd is not None:
+            _tell_ready(config.ready_fd, daemon)
+        os.read(wake_read, 1)
+    finally:
+        daemon.close()
+
+
+def _tell_ready(ready_fd: int, daemon: Daemon) -> None:
+    line = json.dumps({"listen": str(daemon.control_endpoint), "page_listen": str(daemon.page_endpoint)})
+    with os.fdopen(ready_fd, "w") as stream:
+        stream.write(line + "\n")
+
+
+def _make_socket_dir(state_dir: Path) -> Path:
+    socket_dir = state_dir / "guests"
+    state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    socket_dir.mkdir(mode=0o700, exist_ok=True)
+    return socket_dir
+
+
+def _bind(server: grpc.Server, endpoint: Endpoint) -> Endpoint:
+    try:
+        port = server.add_insecure_port(str(endpoint))
+    except RuntimeError as error:
+        raise ConfigError(f"cannot listen on {endpoint}", remedy="choose a free port of this host") from error
+    return Endpoint(endpoint.host, port)

@@ -1,0 +1,148 @@
+"""The gRPC face of the registries: each method takes a message apart, calls one thing, and puts an answer together."""
+
+import threading
+from collections.abc import Iterator
+from urllib.parse import unquote
+
+import grpc
+
+from migrate.config import PROTOCOL_VERSION
+from migrate.daemon.guests import GuestRegistry
+from migrate.daemon.migrations import MigrationRegistry
+from migrate.errors import ConfigError
+from migrate.v1 import guest_service_pb2 as guest
+from migrate.v1 import guest_service_pb2_grpc as guest_rpc
+from migrate.v1 import migration_service_pb2 as migration
+from migrate.v1 import migration_service_pb2_grpc as migration_rpc
+from migrate.v1 import transfer_service_pb2 as transfer
+from migrate.v1 import transfer_service_pb2_grpc as transfer_rpc
+from migrate.v1 import types_pb2 as types
+
+# Names, arguments and meanings of the methods are the proto's.
+# ruff: noqa: N802, D102, ARG002
+
+_AUDIT_DEADLINE_US = 120_000_000
+_WATCH_INTERVAL_MIN_US = 10_000
+_WATCH_POLL_S = 0.5
+
+
+class GuestServicer(guest_rpc.GuestServiceServicer):
+    """Guests of this host."""
+
+    def __init__(self, guests: GuestRegistry, stopping: threading.Event) -> None:
+        self._guests = guests
+        self._stopping = stopping
+
+    def CreateGuest(
+        self, request: guest.CreateGuestRequest, context: grpc.ServicerContext
+    ) -> guest.CreateGuestResponse:
+        return guest.CreateGuestResponse(guest=self._guests.create(request.spec))
+
+    def ListGuests(self, request: guest.ListGuestsRequest, context: grpc.ServicerContext) -> guest.ListGuestsResponse:
+        return guest.ListGuestsResponse(guests=self._guests.list())
+
+    def GetGuest(self, request: guest.GetGuestRequest, context: grpc.ServicerContext) -> guest.GetGuestResponse:
+        return guest.GetGuestResponse(guest=self._guests.describe(self._guests.find(request.name)))
+
+    def PauseGuest(self, request: guest.PauseGuestRequest, context: grpc.ServicerContext) -> guest.PauseGuestResponse:
+        self._guests.operate(request.name).client.pause()
+        return guest.PauseGuestResponse()
+
+    def ResumeGuest(
+        self, request: guest.ResumeGuestRequest, context: grpc.ServicerContext
+    ) -> guest.ResumeGuestResponse:
+        self._guests.operate(request.name).client.resume()
+        return guest.ResumeGuestResponse()
+
+    def DeleteGuest(
+        self, request: guest.DeleteGuestRequest, context: grpc.ServicerContext
+    ) -> guest.DeleteGuestResponse:
+        self._guests.remove(self._guests.operate(request.name))
+        return guest.DeleteGuestResponse()
+
+    def AuditGuest(self, request: guest.AuditGuestRequest, context: grpc.ServicerContext) -> guest.AuditGuestResponse:
+        statistics = self._guests.find(request.name).client.audit(_AUDIT_DEADLINE_US)
+        return guest.AuditGuestResponse(statistics=statistics)
+
+    def WatchGuestStatistics(
+        self, request: guest.WatchGuestStatisticsRequest, context: grpc.ServicerContext
+    ) -> Iterator[guest.WatchGuestStatisticsResponse]:
+        if 0 < request.interval_us < _WATCH_INTERVAL_MIN_US:
+            raise ConfigError(f"statistics are sent every {_WATCH_INTERVAL_MIN_US} us at the most often")
+        found = self._guests.find(request.name)
+        while context.is_active():
+            yield guest.WatchGuestStatisticsResponse(statistics=found.client.statistics())
+            if not request.interval_us or self._stopping.wait(request.interval_us / 1_000_000):
+                return
+
+
+class MigrationServicer(migration_rpc.MigrationServiceServicer):
+    """Migrations, for operators."""
+
+    def __init__(self, migrations: MigrationRegistry, stopping: threading.Event) -> None:
+        self._migrations = migrations
+        self._stopping = stopping
+
+    def StartMigration(
+        self, request: migration.StartMigrationRequest, context: grpc.ServicerContext
+    ) -> migration.StartMigrationResponse:
+        return migration.StartMigrationResponse(migration_id=self._migrations.start(request))
+
+    def GetMigration(
+        self, request: migration.GetMigrationRequest, context: grpc.ServicerContext
+    ) -> migration.GetMigrationResponse:
+        return migration.GetMigrationResponse(migration=self._migrations.record(request.migration_id).snapshot())
+
+    def ListMigrations(
+        self, request: migration.ListMigrationsRequest, context: grpc.ServicerContext
+    ) -> migration.ListMigrationsResponse:
+        return migration.ListMigrationsResponse(migrations=self._migrations.list())
+
+    def WatchMigration(
+        self, request: migration.WatchMigrationRequest, context: grpc.ServicerContext
+    ) -> Iterator[migration.WatchMigrationResponse]:
+        record = self._migrations.record(request.migration_id)
+        version = -1
+        while context.is_active() and not self._stopping.is_set():
+            changed = record.wait_changed(version, _WATCH_POLL_S)
+            if changed == version:
+                continue
+            version = changed
+            is_final = record.is_final
+            yield migration.WatchMigrationResponse(migration=record.snapshot())
+            if is_final:
+                return
+
+
+class TransferServicer(transfer_rpc.TransferServiceServicer):
+    """Migrations, for the other daemon."""
+
+    def __init__(self, migrations: MigrationRegistry) -> None:
+        self._migrations = migrations
+
+    def Prepare(self, request: transfer.PrepareRequest, context: grpc.ServicerContext) -> transfer.PrepareResponse:
+        self._migrations.prepare(request, _peer_host(context.peer()))
+        return transfer.PrepareResponse(protocol_version=PROTOCOL_VERSION, transport=types.PAGE_TRANSPORT_GRPCIO)
+
+    def Switchover(
+        self, request: transfer.SwitchoverRequest, context: grpc.ServicerContext
+    ) -> transfer.SwitchoverResponse:
+        return self._migrations.switch_over(request)
+
+    def GetIncoming(
+        self, request: transfer.GetIncomingRequest, context: grpc.ServicerContext
+    ) -> transfer.GetIncomingResponse:
+        return transfer.GetIncomingResponse(migration=self._migrations.incoming(request.migration_id))
+
+    def Complete(self, request: transfer.CompleteRequest, context: grpc.ServicerContext) -> transfer.CompleteResponse:
+        self._migrations.complete(request)
+        return transfer.CompleteResponse()
+
+    def Abort(self, request: transfer.AbortRequest, context: grpc.ServicerContext) -> transfer.AbortResponse:
+        self._migrations.abort(request.migration_id, request.reason)
+        return transfer.AbortResponse()
+
+
+def _peer_host(peer: str) -> str:
+    """The host of grpc's `ipv4:HOST:PORT` or `ipv6:%5BHOST%5D:PORT`."""
+    return unquote(peer).partition(":")[2].rpartition(":")[0].strip("[]")

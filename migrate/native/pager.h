@@ -1,0 +1,95 @@
+/*
+ * The destination's data path: which pages are missing, which were asked for, who waits, and the placement step.
+ *
+ * Each page is in one of these states, and only moves down:
+ *
+ *     missing ──claim──▶ requested ──place──▶ present          (counted as urgent or background)
+ *                            └──────zero────▶ known zero ──touch──▶ present   (counted as zero)
+ *
+ * A fault on a missing page claims it for the urgent queue; a fault on a requested page only waits, because a page is
+ * asked for once. A known zero page is placed when it is touched, so that sparse memory stays sparse; once no page is
+ * missing the range is unregistered, and the rest of the holes read as zero by themselves.
+ *
+ * All functions are thread-safe. None is called with, or takes, Python's GIL.
+ */
+#ifndef MIG_PAGER_H
+#define MIG_PAGER_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+enum mig_page_kind {
+    MIG_KIND_ZERO = 0,
+    MIG_KIND_URGENT = 1,
+    MIG_KIND_BACKGROUND = 2,
+    MIG_KIND_PRESENT = 3, /* of a fault: its page had arrived before the event was read */
+};
+
+struct mig_pager_counters {
+    uint64_t total_pages;
+    uint64_t missing_pages; /* neither present nor known to be zero */
+    uint64_t zero_pages;
+    uint64_t urgent_pages;
+    uint64_t background_pages;
+    uint64_t duplicate_pages; /* arrived again */
+    uint64_t verified_pages;  /* data pages whose digest was compared before they were placed */
+    uint64_t faults;          /* kernel events read */
+    uint64_t lost_records;    /* fault records overwritten before anyone read them */
+    uint64_t memory_digest;   /* sum of mig_digest_memory_term over the verified pages */
+};
+
+/* One fault, from the kernel's event to its page. CLOCK_MONOTONIC, nanoseconds. */
+struct mig_fault_record {
+    uint64_t page;
+    uint64_t event_ns;
+    uint64_t placed_ns;
+    uint32_t thread_id;
+    uint32_t kind; /* enum mig_page_kind: what brought the page */
+};
+
+struct mig_pager;
+
+/**
+ * A pager for one armed region, all pages missing. Takes over `uffd`; starts the fault thread.
+ * Returns 0 or -errno.
+ */
+int mig_pager_create(int uffd, uint64_t region_hva, uint64_t pages, struct mig_pager **ret);
+
+/** Ends the fault thread, closes the userfaultfd, frees. No other call may be under way. */
+void mig_pager_destroy(struct mig_pager *pager);
+
+/** Make every waiting call return -ECANCELED from now on, and end the fault thread. Idempotent. */
+void mig_pager_stop(struct mig_pager *pager);
+
+/**
+ * Wait for faults on pages that nobody has asked for; the caller asks for them.
+ * Returns how many pages were written to `pages`, 0 after the timeout, -ECANCELED once stopped or done, or the error
+ * that ended the fault thread.
+ */
+int mig_pager_claim_urgent(struct mig_pager *pager, uint64_t *pages, uint32_t max_pages, uint64_t timeout_us);
+
+/**
+ * Claim the next run of missing pages that nobody has asked for, ascending from where the last one ended.
+ * Returns its length, 0 when there is none.
+ */
+uint32_t mig_pager_claim_run(struct mig_pager *pager, uint32_t max_pages, uint64_t *ret_first_page);
+
+/**
+ * Place a run of data. With `verify`, the run's digest is compared before any page is placed.
+ * Returns 0 or -errno: -EBADMSG on a wrong digest, -EINVAL outside the region, -ESRCH if the guest is gone.
+ */
+int mig_pager_place_data(struct mig_pager *pager, uint64_t first_page, uint64_t count_pages, const void *data,
+                         enum mig_page_kind kind, bool verify, uint64_t digest);
+
+/** Learn that a run is zero; pages that somebody waits for are placed. Returns 0 or -errno. */
+int mig_pager_place_zero(struct mig_pager *pager, uint64_t first_page, uint64_t count_pages);
+
+/** Wait until no page is missing. Returns 1 when so, 0 after the timeout, -ECANCELED, or the fault thread's error. */
+int mig_pager_wait_done(struct mig_pager *pager, uint64_t timeout_us);
+
+void mig_pager_read_counters(struct mig_pager *pager, struct mig_pager_counters *ret);
+
+/** Move out up to max_records fault records, oldest first. Returns how many. */
+uint32_t mig_pager_drain_records(struct mig_pager *pager, struct mig_fault_record *records, uint32_t max_records);
+
+#endif

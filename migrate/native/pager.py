@@ -1,0 +1,159 @@
+"""The destination's data path: fault thread, missing bitmap, placement. All work is done in C with the GIL dropped."""
+
+import errno
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+from migrate.errors import GuestLostError, IntegrityError, RemoteProtocolError, UffdError
+from migrate.native._native import ffi, lib
+
+_CLAIM_MAX = 256
+_DRAIN_MAX = 4096
+
+
+class PageKind(IntEnum):
+    """What brought a page."""
+
+    ZERO = 0
+    URGENT = 1
+    BACKGROUND = 2
+    PRESENT = 3
+
+
+@dataclass(frozen=True, slots=True)
+class PagerCounters:
+    """How far the pages have come; `missing_pages` of 0 is the end."""
+
+    total_pages: int
+    missing_pages: int
+    zero_pages: int
+    urgent_pages: int
+    background_pages: int
+    duplicate_pages: int
+    verified_pages: int
+    faults: int
+    lost_records: int
+    memory_digest: int
+
+
+@dataclass(frozen=True, slots=True)
+class FaultRecord:
+    """One fault: kernel event read to page placed, CLOCK_MONOTONIC nanoseconds."""
+
+    page: int
+    event_ns: int
+    placed_ns: int
+    thread_id: int
+    kind: PageKind
+
+
+class PagerStoppedError(Exception):
+    """A waiting call ended because the pager was stopped, or no page is missing any more."""
+
+
+class Pager:
+    """All pages of one armed region, missing at first.
+
+    Takes over the userfaultfd. Every method but `close` may be called from any thread.
+    """
+
+    def __init__(self, uffd: int, region_hva: int, pages: int) -> None:
+        ret = ffi.new("struct mig_pager **")
+        _check("start the fault thread", lib.mig_pager_create(uffd, region_hva, pages, ret))
+        self._pager = ret[0]
+        self.pages = pages
+
+    def claim_urgent(self, timeout_us: int) -> list[int]:
+        """Wait for faults on pages that nobody asked for; the caller must ask for them. Empty after the timeout.
+
+        Raises:
+            PagerStoppedError: stopped, or nothing is missing.
+            UffdError: the fault thread failed.
+        """
+        pages = ffi.new("uint64_t[]", _CLAIM_MAX)
+        found = _check("read page faults", lib.mig_pager_claim_urgent(self._pager, pages, _CLAIM_MAX, timeout_us))
+        return list(pages[0:found])
+
+    def claim_run(self, max_pages: int) -> tuple[int, int] | None:
+        """Claim the next run of missing pages that nobody asked for: (first page, pages), or None if there is none."""
+        first = ffi.new("uint64_t *")
+        count = lib.mig_pager_claim_run(self._pager, max_pages, first)
+        return (first[0], count) if count else None
+
+    def place_data(self, first_page: int, count_pages: int, data: bytes, kind: PageKind, digest: int | None) -> None:
+        """Place a run of pages; with a digest, only if it is theirs.
+
+        Raises:
+            RemoteProtocolError: the run does not lie within the region, or is not as long as it says.
+            IntegrityError: wrong digest; nothing was placed.
+            GuestLostError: the guest process is gone.
+        """
+        if len(data) != count_pages * lib.MIG_PAGE_SIZE_BYTES:
+            raise RemoteProtocolError(f"a run of {count_pages} pages came with {len(data)} bytes")
+        rc = lib.mig_pager_place_data(
+            self._pager, first_page, count_pages, ffi.from_buffer(data), kind, digest is not None, digest or 0
+        )
+        if rc == -errno.EBADMSG:
+            raise IntegrityError(f"pages {first_page} to {first_page + count_pages} do not have the source's digest")
+        _check_run(first_page, count_pages, rc)
+
+    def place_zero(self, first_page: int, count_pages: int) -> None:
+        """Learn that a run of pages is zero.
+
+        Raises:
+            RemoteProtocolError: the run does not lie within the region.
+            GuestLostError: the guest process is gone.
+        """
+        _check_run(first_page, count_pages, lib.mig_pager_place_zero(self._pager, first_page, count_pages))
+
+    def wait_done(self, timeout_us: int) -> bool:
+        """Wait until no page is missing; False after the timeout.
+
+        Raises:
+            PagerStoppedError: stopped.
+            UffdError: the fault thread failed.
+        """
+        return bool(_check("read page faults", lib.mig_pager_wait_done(self._pager, timeout_us)))
+
+    def counters(self) -> PagerCounters:
+        """Read all counters at one moment."""
+        ret = ffi.new("struct mig_pager_counters *")
+        lib.mig_pager_read_counters(self._pager, ret)
+        return PagerCounters(**{name: getattr(ret, name) for name in PagerCounters.__slots__})
+
+    def drain_records(self) -> list[FaultRecord]:
+        """Take out the fault records gathered since the last call, oldest first."""
+        records: Any = ffi.new("struct mig_fault_record[]", _DRAIN_MAX)
+        drained: list[FaultRecord] = []
+        while count := lib.mig_pager_drain_records(self._pager, records, _DRAIN_MAX):
+            drained.extend(
+                FaultRecord(r.page, r.event_ns, r.placed_ns, r.thread_id, PageKind(r.kind))
+                for r in (records[index] for index in range(count))
+            )
+        return drained
+
+    def stop(self) -> None:
+        """End the fault thread and every waiting call. Idempotent."""
+        lib.mig_pager_stop(self._pager)
+
+    def close(self) -> None:
+        """Stop and free. No other call may be under way."""
+        lib.mig_pager_destroy(self._pager)
+        self._pager = ffi.NULL
+
+
+def _check(operation: str, rc: int) -> int:
+    if rc == -errno.ECANCELED:
+        raise PagerStoppedError
+    if rc < 0:
+        raise UffdError(operation, -rc)
+    return rc
+
+
+def _check_run(first_page: int, count_pages: int, rc: int) -> None:
+    if rc == -errno.EINVAL:
+        raise RemoteProtocolError(f"{count_pages} pages from {first_page} do not lie within the guest's memory")
+    if rc == -errno.ESRCH:
+        raise GuestLostError("the guest process at the destination is gone")
+    _check("place pages", rc)

@@ -1,0 +1,61 @@
+"""PageService on grpcio: the reference that any other implementation is compared with."""
+
+from collections.abc import Iterator
+
+import grpc
+
+from migrate.config import REQUEST_PAGES_MAX
+from migrate.errors import ConfigError
+from migrate.native.pageserver import Run, RunBuffer
+from migrate.pageserver.exports import METADATA_AUTHORIZATION, METADATA_MIGRATION_ID, Export, Exports
+from migrate.v1 import page_service_pb2 as pb
+from migrate.v1 import page_service_pb2_grpc as rpc
+
+_ZERO = pb.ZeroPages()
+
+
+class PageServicer(rpc.PageServiceServicer):
+    """Answers requests in their order, from the exports that the caller has the token for."""
+
+    def __init__(self, exports: Exports) -> None:
+        self._exports = exports
+
+    def FetchPages(  # noqa: N802 - the name is the proto's
+        self, request_iterator: Iterator[pb.FetchPagesRequest], context: grpc.ServicerContext
+    ) -> Iterator[pb.FetchPagesResponse]:
+        """Serve one stream.
+
+        Raises:
+            MigrateError: the first request that cannot be answered ends the stream.
+        """
+        metadata = {key: value for key, value in context.invocation_metadata() if isinstance(value, str)}
+        export = self._exports.check(metadata.get(METADATA_MIGRATION_ID, ""), metadata.get(METADATA_AUTHORIZATION, ""))
+        buffer = RunBuffer(REQUEST_PAGES_MAX)
+        for request in request_iterator:
+            yield from self._answer(export, request, buffer)
+
+    def _answer(
+        self, export: Export, request: pb.FetchPagesRequest, buffer: RunBuffer
+    ) -> Iterator[pb.FetchPagesResponse]:
+        with self._exports.reading(export) as source:
+            if request.region != 0:
+                raise ConfigError(f"the guest has one RAM region, number 0, not number {request.region}")
+            # Read all before the first reply leaves: the scope must not stay open while the peer is slow.
+            runs = list(source.read(request.first_page, request.page_count, buffer))
+        for run in runs:
+            yield _response(request, run)
+
+
+def _response(request: pb.FetchPagesRequest, run: Run) -> pb.FetchPagesResponse:
+    response = pb.FetchPagesResponse(
+        request_id=request.request_id,
+        region=request.region,
+        first_page=run.first_page,
+        page_count=min(run.count_pages, 0xFFFFFFFF),
+        digest=run.digest,
+    )
+    if run.data is None:
+        response.zero.CopyFrom(_ZERO)
+    else:
+        response.data = run.data
+    return response

@@ -1,0 +1,1 @@
+"""The protocol of a migration: state tables, the source's side, the destination's side."""

@@ -1,0 +1,79 @@
+"""What a session needs of the world, as small protocols: the guest on this host, the peer daemon, the memories served.
+
+The daemon hands in the real ones; nothing in a session knows how a message travels.
+"""
+
+from typing import Protocol
+
+from migrate.errors import GuestHolder
+from migrate.v1 import transfer_service_pb2 as transfer
+from migrate.v1 import types_pb2 as types
+
+
+class GuestPort(Protocol):
+    """A guest process on this host (migrate.guest.client.GuestClient)."""
+
+    def describe(self) -> tuple[types.GuestDescription, "types.GuestState.ValueType", int, list[int]]:
+        """Description, state, pid, and the memfd of each region, which the caller closes."""
+        ...
+
+    def pause(self) -> None:
+        """Stop the vCPUs."""
+        ...
+
+    def resume(self) -> None:
+        """Let the vCPUs run."""
+        ...
+
+    def save_state(self) -> tuple[bytes, int]:
+        """State of a paused guest, and its touches so far."""
+        ...
+
+    def load_state(self, state: bytes) -> None:
+        """State for a guest that never ran."""
+        ...
+
+    def arm(self) -> tuple[int, list[int]]:
+        """The userfaultfd, which the caller closes, and each region's address in the guest process."""
+        ...
+
+    def disarm(self) -> None:
+        """Let holes read as zero."""
+        ...
+
+    def statistics(self) -> types.GuestStatistics:
+        """What the guest knows about itself."""
+        ...
+
+
+class PeerPort(Protocol):
+    """The other daemon's TransferService. Every method raises what the peer raised, or ChannelError."""
+
+    def prepare(self, request: transfer.PrepareRequest) -> transfer.PrepareResponse:
+        """Build the empty twin."""
+        ...
+
+    def switch_over(self, request: transfer.SwitchoverRequest) -> transfer.SwitchoverResponse:
+        """Hand over the state; returns when the guest runs there."""
+        ...
+
+    def get_incoming(self, migration_id: str) -> types.Migration:
+        """The migration as the destination sees it."""
+        ...
+
+    def complete(self, request: transfer.CompleteRequest) -> None:
+        """END."""
+        ...
+
+    def abort(self, migration_id: str, reason: str) -> None:
+        """Undo Prepare; returns only if the guest never ran there and never will."""
+        ...
+
+    def close(self) -> None:
+        """Close the connection."""
+        ...
+
+
+def wire_holder(holder: GuestHolder) -> "types.GuestHolder.ValueType":
+    """The wire's number for a holder; the enums have equal values."""
+    return types.GuestHolder.ValueType(holder.value)

@@ -1,0 +1,116 @@
+"""A migration's figures and state, kept by its session and shown to operators."""
+
+import threading
+from collections.abc import Callable
+
+from migrate.errors import GuestHolder, MigrateError
+from migrate.session.ports import wire_holder
+from migrate.session.states import Event, Machine, Side, State
+from migrate.telemetry.clock import Clock
+from migrate.units import PAGE_SIZE_BYTES
+from migrate.v1 import types_pb2 as types
+
+
+class MigrationRecord:
+    """One migration on one side: its state machine, its message, and those who wait for it to change. Thread-safe.
+
+    The lock also serialises the steps that must not cross: a switchover and an abort that meet, for one.
+    """
+
+    def __init__(self, side: Side, migration: types.Migration, clock: Clock) -> None:
+        self._machine = Machine(side)
+        self._migration = migration
+        self._clock = clock
+        self._started_us = clock.now_us()
+        self._entered_us: dict[State, int] = {State.SETUP: self._started_us}
+        self._version = 0
+        self.lock = threading.RLock()
+        self._changed = threading.Condition(self.lock)
+        migration.side = types.MigrationSide.ValueType(side.value)
+        migration.page_size_bytes = PAGE_SIZE_BYTES
+        self._publish()
+
+    @property
+    def migration_id(self) -> str:
+        """The id, the same on both sides."""
+        return self._migration.migration_id
+
+    @property
+    def state(self) -> State:
+        """Where the migration is now."""
+        return self._machine.state
+
+    @property
+    def holder(self) -> GuestHolder:
+        """Who holds the guest now."""
+        return self._machine.holder
+
+    @property
+    def is_final(self) -> bool:
+        """Whether it is over."""
+        return self._machine.is_final
+
+    def can(self, event: Event) -> bool:
+        """Whether an event is allowed now."""
+        with self.lock:
+            return self._machine.can(event)
+
+    def on(self, event: Event, error: MigrateError | None = None) -> None:
+        """Take a step of the state table, with the error that caused it.
+
+        Raises:
+            LocalProtocolError: not allowed now.
+        """
+        with self._changed:
+            self._machine.on(event)
+            self._entered_us.setdefault(self._machine.state, self._clock.now_us())
+            if error is not None:
+                self._set_error(error)
+            self._publish()
+
+    def note_error(self, error: MigrateError) -> None:
+        """Show an error that does not change the state."""
+        with self._changed:
+            self._set_error(error)
+            self._publish()
+
+    def update(self, change: Callable[[types.Migration], None]) -> None:
+        """Change figures."""
+        with self._changed:
+            change(self._migration)
+            self._publish()
+
+    def snapshot(self) -> types.Migration:
+        """The migration as it is now, times included."""
+        with self.lock:
+            migration = types.Migration()
+            migration.CopyFrom(self._migration)
+            end_us = self._entered_us.get(self._machine.state, 0) if self.is_final else self._clock.now_us()
+            migration.total_us = end_us - self._started_us
+            if State.POSTCOPY in self._entered_us:
+                migration.postcopy_us = end_us - self._entered_us[State.POSTCOPY]
+            return migration
+
+    def wait_changed(self, seen_version: int, timeout_s: float) -> int:
+        """Wait until something changed since a version, or the timeout; return the version now."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._version != seen_version, timeout_s)
+            return self._version
+
+    def wait_state(self, wanted: Callable[[State], bool], timeout_s: float) -> bool:
+        """Wait until the state is wanted; False after the timeout."""
+        with self._changed:
+            return self._changed.wait_for(lambda: wanted(self._machine.state), timeout_s)
+
+    def _set_error(self, error: MigrateError) -> None:
+        self._migration.error.CopyFrom(
+            types.ErrorInfo(
+                type=error.type_name, message=error.message, holder=wire_holder(self.holder), remedy=error.remedy
+            )
+        )
+
+    def _publish(self) -> None:
+        self._migration.state = types.MigrationState.ValueType(self._machine.state.value)
+        self._migration.holder = wire_holder(self._machine.holder)
+        self._version += 1
+        self._changed.notify_all()

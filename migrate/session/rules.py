@@ -1,0 +1,76 @@
+"""What a destination demands before it builds a guest's twin. Pure: facts in, an error out."""
+
+from dataclasses import dataclass
+
+from migrate.config import PROTOCOL_VERSION
+from migrate.errors import ConfigError, MissingFeatureError, NotEnoughMemoryError
+from migrate.units import PAGE_SIZE_BYTES, format_bytes, is_page_aligned
+from migrate.v1 import transfer_service_pb2 as transfer
+from migrate.v1 import types_pb2 as types
+
+SUPPORTED_MODES = frozenset({types.MIGRATION_MODE_POSTCOPY})
+SUPPORTED_ORDERS = frozenset({"precopy"})
+SUPPORTED_TRANSPORTS = frozenset({types.PAGE_TRANSPORT_GRPCIO})
+MEMORY_MAX_BYTES = 1 << 40
+
+
+@dataclass(frozen=True, slots=True)
+class HostFacts:
+    """What the destination has to offer."""
+
+    available_bytes: int
+
+
+def check_terms(mode: int, order: str, transport: int) -> None:
+    """Whether a migration can be done in the way it is asked for; both sides ask.
+
+    Raises:
+        ConfigError: not by this version.
+    """
+    if mode not in SUPPORTED_MODES:
+        raise ConfigError("this version migrates in mode postcopy only")
+    if order not in SUPPORTED_ORDERS:
+        raise ConfigError(
+            f"{order!r} is no order of the background that this version knows: {sorted(SUPPORTED_ORDERS)}"
+        )
+    if transport not in SUPPORTED_TRANSPORTS:
+        raise ConfigError("this version fetches pages with transport grpcio only")
+
+
+def check_prepare(request: transfer.PrepareRequest, facts: HostFacts) -> None:
+    """Whether this destination may build the twin that a source asks for. Changes nothing.
+
+    Raises:
+        MissingFeatureError: protocol version or page size do not match.
+        ConfigError: the description makes no sense.
+        NotEnoughMemoryError: what the guest occupies now does not fit.
+    """
+    if not PROTOCOL_VERSION - 1 <= request.protocol_version <= PROTOCOL_VERSION or request.protocol_version < 1:
+        raise MissingFeatureError(
+            f"the source speaks protocol version {request.protocol_version}, the destination {PROTOCOL_VERSION}",
+            remedy="run the same or the next version of migrate on both hosts",
+        )
+    description = request.guest
+    if description.page_size_bytes != PAGE_SIZE_BYTES:
+        raise MissingFeatureError(
+            f"the guest's RAM has pages of {description.page_size_bytes} bytes,"
+            f" the destination offers pages of {PAGE_SIZE_BYTES}"
+        )
+    if not request.migration_id or not request.token:
+        raise ConfigError("a migration needs an id and a token")
+    if len(description.regions) != 1 or description.regions[0].region != 0:
+        raise ConfigError(f"a guest has one RAM region, number 0; this one comes with {len(description.regions)}")
+    region = description.regions[0]
+    if region.size_bytes != description.spec.memory_bytes or not is_page_aligned(region.size_bytes):
+        raise ConfigError(
+            f"a region of {region.size_bytes} bytes is not the guest's memory of {description.spec.memory_bytes} bytes"
+        )
+    if not 0 < region.size_bytes <= MEMORY_MAX_BYTES:
+        raise ConfigError(f"{format_bytes(region.size_bytes)} is no size of a guest's memory")
+    check_terms(request.mode, request.order, request.transport)
+    if region.resident_bytes > facts.available_bytes:
+        raise NotEnoughMemoryError(
+            f"the guest occupies {format_bytes(region.resident_bytes)},"
+            f" the destination has {format_bytes(facts.available_bytes)} available",
+            remedy="free memory at the destination or choose another one",
+        )

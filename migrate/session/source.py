@@ -1,0 +1,313 @@
+"""The source's side of one migration: prepare, pause, hand over, serve pages until END.
+
+Who holds the guest is never guessed. Once Switchover was sent, the vCPUs stay paused here until the destination either
+runs the guest, or says that it never did and never will; if the answer is lost, the source asks until it knows.
+"""
+
+import os
+import secrets
+import threading
+from collections.abc import Callable
+
+from migrate.config import PROTOCOL_VERSION, Endpoint
+from migrate.errors import (
+    ChannelError,
+    GuestBusyError,
+    GuestHolder,
+    GuestLostError,
+    LocalProtocolError,
+    MigrateError,
+    MigrationAbortedError,
+    NotFoundError,
+    PermissionDeniedError,
+    PostcopyPausedError,
+)
+from migrate.native.pageserver import PageSource
+from migrate.pageserver.exports import Export, Exports
+from migrate.session.ports import GuestPort, PeerPort
+from migrate.session.record import MigrationRecord
+from migrate.session.rules import check_terms
+from migrate.session.states import Event, Side, State
+from migrate.telemetry.clock import Clock
+from migrate.units import bytes_to_pages
+from migrate.v1 import migration_service_pb2 as operator
+from migrate.v1 import transfer_service_pb2 as transfer
+from migrate.v1 import types_pb2 as types
+
+_POLL_S = 0.2
+_RETRY_FIRST_S = 0.1
+_RETRY_MAX_S = 2.0
+_PEER_SILENT_POLLS_MAX = 25
+_RUNNING_STATES = (
+    types.MIGRATION_STATE_POSTCOPY,
+    types.MIGRATION_STATE_POSTCOPY_PAUSED,
+    types.MIGRATION_STATE_COMPLETED,
+)
+
+
+class SourceSession:
+    """Moves one guest away from this host. `run` is its thread; the rest is called by others.
+
+    Args:
+        migration_id: Names the migration on both sides.
+        request: What the operator asked for; `request.guest` is locked for this session.
+        guest: The guest process.
+        peer: The destination daemon.
+        exports: Where the guest's pages are published while it is paused.
+        page_endpoint: Our PageService, as the destination should see it.
+        control_endpoint: Our TransferService, likewise.
+        clock: Times it all.
+        on_guest_left: Called once END is acknowledged; frees the guest and its RAM.
+    """
+
+    def __init__(
+        self,
+        migration_id: str,
+        request: operator.StartMigrationRequest,
+        guest: GuestPort,
+        peer: PeerPort,
+        exports: Exports,
+        *,
+        page_endpoint: Endpoint,
+        control_endpoint: Endpoint,
+        clock: Clock,
+        on_guest_left: Callable[[], None],
+    ) -> None:
+        check_terms(request.mode, request.order, request.transport)
+        self._request = request
+        self._guest = guest
+        self._peer = peer
+        self._exports = exports
+        self._page_endpoint = page_endpoint
+        self._control_endpoint = control_endpoint
+        self._clock = clock
+        self._on_guest_left = on_guest_left
+        self._token = secrets.token_urlsafe(32)
+        self._stopping = threading.Event()
+        self._memfds: list[int] = []
+        self._source: PageSource | None = None
+        self.record = MigrationRecord(
+            Side.SOURCE,
+            types.Migration(
+                migration_id=migration_id,
+                guest=request.guest,
+                mode=request.mode,
+                order=request.order,
+                transport=request.transport,
+                peer=request.to,
+            ),
+            clock,
+        )
+
+    def run(self) -> None:
+        """Drive the migration to a final state, or until `stop`."""
+        try:
+            self._prepare()
+            self._switch_over()
+            if not self.record.is_final:
+                self._serve_until_end()
+        except MigrateError as error:
+            self._fail(error)
+        finally:
+            self._release()
+
+    def stop(self) -> None:
+        """Have `run` return soon, wherever it is. Who holds the guest does not change."""
+        self._stopping.set()
+
+    def complete(self, token: str, destination: types.Migration) -> None:
+        """END arrived from the destination. Repeating it is harmless.
+
+        Raises:
+            PermissionDeniedError: not this migration's token.
+            GuestBusyError: the migration is not at a point where END makes sense.
+        """
+        if not secrets.compare_digest(token.encode(), self._token.encode()):
+            raise PermissionDeniedError("the token is not this migration's")
+        with self.record.lock:
+            if self.record.state is State.COMPLETED:
+                return
+            if self.record.state is State.SWITCHOVER:
+                # The guest has run and finished there before our call returned: END says both.
+                self.record.on(Event.RUNNING)
+            if not self.record.can(Event.END):
+                raise GuestBusyError(f"END makes no sense in state {self.record.state.name}", holder=self.record.holder)
+            self.record.update(lambda migration: _merge(migration, destination))
+            self.record.on(Event.END)
+
+    # ---- SETUP ----
+
+    def _prepare(self) -> None:
+        description, _, _, self._memfds = self._guest.describe()
+        self.record.update(lambda migration: _describe(migration, description))
+        self._peer.prepare(
+            transfer.PrepareRequest(
+                migration_id=self.record.migration_id,
+                protocol_version=PROTOCOL_VERSION,
+                guest=description,
+                page_endpoint=str(self._page_endpoint),
+                control_endpoint=str(self._control_endpoint),
+                token=self._token,
+                mode=self._request.mode,
+                order=self._request.order,
+                transport=self._request.transport,
+                max_bandwidth_bytes_per_s=self._request.max_bandwidth_bytes_per_s,
+                verify=self._request.verify,
+            )
+        )
+        self._source = PageSource(self._memfds[0], bytes_to_pages(description.regions[0].size_bytes))
+        self.record.on(Event.PREPARED)
+
+    # ---- SWITCHOVER ----
+
+    def _switch_over(self) -> None:
+        if self._source is None:
+            raise LocalProtocolError("switchover before prepare")
+        paused_us = self._clock.now_us()
+        self._guest.pause()
+        memory_digest = self._source.take_digests() if self._request.verify else 0
+        # Pages are served from before the state is loaded, which may touch some.
+        self._exports.publish(Export(self.record.migration_id, self._token, self._source))
+        state, touches = self._guest.save_state()
+        self.record.update(lambda migration: _note_touches(migration, touches))
+        request = transfer.SwitchoverRequest(
+            migration_id=self.record.migration_id, state=state, guest_touches=touches, memory_digest=memory_digest
+        )
+        try:
+            self._peer.switch_over(request)
+        except MigrateError as error:
+            if error.holder is GuestHolder.SOURCE:
+                raise
+            self.record.note_error(error)
+            if not self._learn_whether_it_runs(error):
+                return
+        downtime_us = self._clock.now_us() - paused_us
+        with self.record.lock:
+            self.record.update(lambda migration: _note_downtime(migration, downtime_us))
+            if self.record.state is State.SWITCHOVER:
+                self.record.on(Event.RUNNING)
+
+    def _learn_whether_it_runs(self, lost: MigrateError) -> bool:
+        """Ask until the destination says that the guest runs there (True) or never will (raises). False: stopped."""
+        pause_s = _RETRY_FIRST_S
+        while not self._stopping.is_set():
+            try:
+                if self.record.state is not State.SWITCHOVER or self._fence_or_see_it_run(lost):
+                    return True
+            except (ChannelError, NotFoundError) as error:
+                # NotFound is no answer either: a restarted daemon forgets what its guest does not.
+                self.record.note_error(error)
+            self._stopping.wait(pause_s)
+            pause_s = min(pause_s * 2, _RETRY_MAX_S)
+        return False
+
+    def _fence_or_see_it_run(self, lost: MigrateError) -> bool:
+        """One question. True: it runs there. False: not known yet. Raises MigrationAbortedError: it never will."""
+        migration_id = self.record.migration_id
+        try:
+            self._peer.abort(migration_id, "the answer to Switchover was lost")
+        except GuestBusyError:
+            incoming = self._peer.get_incoming(migration_id)
+            if incoming.state == types.MIGRATION_STATE_FAILED and incoming.holder == types.GUEST_HOLDER_SOURCE:
+                raise MigrationAbortedError(incoming.error.message) from lost
+            return incoming.state in _RUNNING_STATES
+        raise MigrationAbortedError(f"{lost.message}; the destination never ran the guest") from lost
+
+    # ---- POSTCOPY ----
+
+    def _serve_until_end(self) -> None:
+        silent_polls = 0
+        while not self._stopping.is_set() and not self.record.wait_state(_is_final, _POLL_S):
+            try:
+                incoming = self._peer.get_incoming(self.record.migration_id)
+            except ChannelError as error:
+                silent_polls += 1
+                if silent_polls >= _PEER_SILENT_POLLS_MAX:
+                    self._pause(PostcopyPausedError(error.message, remedy=error.remedy))
+                continue
+            silent_polls = 0
+            self._follow(incoming)
+        if self.record.state is State.COMPLETED:
+            self._exports.withdraw(self.record.migration_id)
+            self._on_guest_left()
+
+    def _follow(self, incoming: types.Migration) -> None:
+        """Take over what the destination says of the migration while pages still move."""
+        with self.record.lock:
+            if self.record.is_final:
+                return
+            if incoming.state == types.MIGRATION_STATE_FAILED:
+                self.record.on(Event.GUEST_LOST, GuestLostError(incoming.error.message))
+            elif incoming.state == types.MIGRATION_STATE_POSTCOPY_PAUSED:
+                self._pause(PostcopyPausedError(incoming.error.message, remedy=incoming.error.remedy))
+            elif self.record.state is State.POSTCOPY_PAUSED:
+                self.record.on(Event.RUNNING)
+            self.record.update(lambda migration: _merge(migration, incoming))
+
+    def _pause(self, error: PostcopyPausedError) -> None:
+        with self.record.lock:
+            if self.record.can(Event.LINK_LOST):
+                self.record.on(Event.LINK_LOST, error)
+
+    # ---- ends ----
+
+    def _fail(self, error: MigrateError) -> None:
+        """Nothing moved, or the destination gave it back: the guest runs on here."""
+        with self.record.lock:
+            if self.record.is_final:
+                return
+            if not self.record.can(Event.REFUSED):
+                self.record.note_error(error)
+                return
+            in_switchover = self.record.state is State.SWITCHOVER
+        if in_switchover:
+            self._exports.withdraw(self.record.migration_id)
+            try:
+                self._guest.resume()
+            except MigrateError as resume_error:
+                self.record.on(Event.GUEST_LOST, GuestLostError(f"{error.message}; then {resume_error.message}"))
+                return
+        self.record.on(Event.REFUSED, error)
+        try:
+            self._peer.abort(self.record.migration_id, error.message)
+        except MigrateError:
+            # It refused, or cannot be reached: its own deadline undoes what it prepared.
+            return
+
+    def _release(self) -> None:
+        self._exports.withdraw(self.record.migration_id)
+        if self._source is not None:
+            self._source.close()
+        for memfd in self._memfds:
+            os.close(memfd)
+        self._peer.close()
+
+
+def _is_final(state: State) -> bool:
+    return state in (State.COMPLETED, State.FAILED, State.CANCELLED)
+
+
+def _describe(migration: types.Migration, description: types.GuestDescription) -> None:
+    migration.guest_kind = description.spec.kind
+    migration.memory_bytes = description.spec.memory_bytes
+    migration.vcpus = description.spec.vcpus
+    migration.pages.total = bytes_to_pages(description.spec.memory_bytes)
+
+
+def _note_touches(migration: types.Migration, touches: int) -> None:
+    migration.guest_touches = migration.guest_touches_at_switchover = touches
+
+
+def _note_downtime(migration: types.Migration, downtime_us: int) -> None:
+    migration.downtime_us = downtime_us
+
+
+def _merge(migration: types.Migration, destination: types.Migration) -> None:
+    """Copy the figures that only the destination can know."""
+    migration.bytes_on_wire = destination.bytes_on_wire
+    migration.pages.CopyFrom(destination.pages)
+    migration.fault_latency_us.CopyFrom(destination.fault_latency_us)
+    migration.guest_stall_us.CopyFrom(destination.guest_stall_us)
+    migration.guest_touches = destination.guest_touches
+    migration.guest_errors = destination.guest_errors
+    migration.verified_pages = destination.verified_pages

@@ -1,0 +1,132 @@
+"""The states of a migration, and everything that may change them.
+
+Each side has one table: (state, event) → next state. Whatever is not in the table is a protocol error: ours if our own
+code raised the event, the peer's if a message did. The diagrams of docs/protocol.md are drawn from these tables
+(scripts/gen_diagrams), and who holds the guest follows from the state alone, so that every error can say it.
+
+The source and the destination pass through the same states at different moments. What counts is that each of the
+destination's steps happens inside the source's step of the same name:
+
+    source       SETUP ──────────────▶ SWITCHOVER ──────────────────────────▶ POSTCOPY ──────────▶ COMPLETED
+                   │ Prepare      ▲ ok    │ Switchover(state)        ▲ runs      ▲  serve pages  │ ▲
+                   ▼              │       ▼                          │           ▼               │ │ Complete
+    destination  SETUP ───────────┘    SWITCHOVER ─ load ─ resume ─ POSTCOPY ── place pages ── END ─┘
+"""
+
+from enum import Enum
+
+from migrate.errors import GuestHolder, LocalProtocolError
+
+
+class State(Enum):
+    """States of a migration. Values equal migrate.v1.MigrationState."""
+
+    SETUP = 1
+    SWITCHOVER = 3
+    POSTCOPY = 4
+    POSTCOPY_PAUSED = 5
+    COMPLETED = 7
+    CANCELLED = 9
+    FAILED = 10
+
+
+class Side(Enum):
+    """The two ends. Values equal migrate.v1.MigrationSide."""
+
+    SOURCE = 1
+    DESTINATION = 2
+
+
+class Event(Enum):
+    """What can happen to a migration."""
+
+    PREPARED = "the destination is prepared; vCPUs are told to stop"
+    REFUSED = "the destination refused, or said that the guest never ran there and never will"
+    SWITCHOVER = "vCPU and device state arrived"
+    RUNNING = "the vCPUs run at the destination"
+    NOT_RUNNING = "the state could not be loaded; the twin was destroyed"
+    LINK_LOST = "the page call broke"
+    END = "every page is at the destination, and both sides know"
+    ABORTED = "the source gave up, or never came to the switchover"
+    GUEST_LOST = "the guest process is gone, with pages that exist nowhere else"
+
+
+FINAL_STATES = frozenset({State.COMPLETED, State.CANCELLED, State.FAILED})
+
+SOURCE_TABLE: dict[tuple[State, Event], State] = {
+    (State.SETUP, Event.PREPARED): State.SWITCHOVER,
+    (State.SETUP, Event.REFUSED): State.FAILED,
+    (State.SETUP, Event.GUEST_LOST): State.FAILED,
+    (State.SWITCHOVER, Event.RUNNING): State.POSTCOPY,
+    (State.SWITCHOVER, Event.REFUSED): State.FAILED,
+    (State.SWITCHOVER, Event.GUEST_LOST): State.FAILED,
+    (State.POSTCOPY, Event.LINK_LOST): State.POSTCOPY_PAUSED,
+    (State.POSTCOPY, Event.END): State.COMPLETED,
+    (State.POSTCOPY, Event.GUEST_LOST): State.FAILED,
+    (State.POSTCOPY_PAUSED, Event.RUNNING): State.POSTCOPY,
+    (State.POSTCOPY_PAUSED, Event.END): State.COMPLETED,
+    (State.POSTCOPY_PAUSED, Event.GUEST_LOST): State.FAILED,
+}
+
+DESTINATION_TABLE: dict[tuple[State, Event], State] = {
+    (State.SETUP, Event.SWITCHOVER): State.SWITCHOVER,
+    (State.SETUP, Event.REFUSED): State.FAILED,
+    (State.SETUP, Event.ABORTED): State.CANCELLED,
+    (State.SETUP, Event.GUEST_LOST): State.CANCELLED,
+    (State.SWITCHOVER, Event.RUNNING): State.POSTCOPY,
+    (State.SWITCHOVER, Event.NOT_RUNNING): State.FAILED,
+    (State.POSTCOPY, Event.LINK_LOST): State.POSTCOPY_PAUSED,
+    (State.POSTCOPY, Event.END): State.COMPLETED,
+    (State.POSTCOPY, Event.GUEST_LOST): State.FAILED,
+    (State.POSTCOPY_PAUSED, Event.END): State.COMPLETED,
+    (State.POSTCOPY_PAUSED, Event.GUEST_LOST): State.FAILED,
+}
+
+_TABLES = {Side.SOURCE: SOURCE_TABLE, Side.DESTINATION: DESTINATION_TABLE}
+
+_HOLDERS = {
+    State.SETUP: GuestHolder.SOURCE,
+    State.SWITCHOVER: GuestHolder.SOURCE,
+    State.POSTCOPY: GuestHolder.SPLIT,
+    State.POSTCOPY_PAUSED: GuestHolder.SPLIT,
+    State.COMPLETED: GuestHolder.DESTINATION,
+    State.CANCELLED: GuestHolder.SOURCE,
+}
+
+
+class Machine:
+    """One side's place in its table, and with it the holder of the guest.
+
+    Not thread-safe: a session guards it with its own lock.
+    """
+
+    def __init__(self, side: Side) -> None:
+        self.side = side
+        self.state = State.SETUP
+        self.holder = GuestHolder.SOURCE
+
+    def can(self, event: Event) -> bool:
+        """Whether an event is allowed now."""
+        return (self.state, event) in _TABLES[self.side]
+
+    def on(self, event: Event) -> State:
+        """Take one step; return the new state.
+
+        Raises:
+            LocalProtocolError: the table has no such step.
+        """
+        before = self.state
+        after = _TABLES[self.side].get((before, event))
+        if after is None:
+            raise LocalProtocolError(f"{self.side.name.lower()}: {event.name} is not allowed in {before.name}")
+        self.state = after
+        if after is not State.FAILED:
+            self.holder = _HOLDERS[after]
+        elif event is Event.GUEST_LOST and (self.side is Side.SOURCE or before is not State.SETUP):
+            self.holder = GuestHolder.NONE
+        return after
+
+    @property
+    def is_final(self) -> bool:
+        """Whether nothing can happen any more."""
+        return self.state in FINAL_STATES

@@ -1,0 +1,1 @@
+"""What happened, measured: clock, histograms, fault latencies, facts of this host."""
