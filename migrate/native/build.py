@@ -12,7 +12,11 @@ ffibuilder = FFI()
 ffibuilder.cdef((HERE / "cdef.h").read_text())
 ffibuilder.set_source(
     "migrate.native._native",
-    "".join(f'#include "{header.name}"\n' for header in sorted(HERE.glob("*.h")) if header.name != "cdef.h"),
+    "".join(
+        f'#include "{header.name}"\n'
+        for header in sorted(HERE.glob("*.h"))
+        if header.name not in ("cdef.h", "machine_internal.h")
+    ),
     sources=[
         os.path.relpath(source, HERE.parent.parent) for source in sorted(HERE.glob("*.c")) if source.stem != "_native"
     ],

@@ -70,4 +70,66 @@ uint64_t mig_bitmap_clear_range(struct mig_bitmap *bitmap, uint64_t first, uint6
 uint64_t mig_bitmap_next_set(const struct mig_bitmap *bitmap, uint64_t from);
 uint64_t mig_bitmap_next_clear(const struct mig_bitmap *bitmap, uint64_t from);
 
-/* ---- machines: mailbox.h, payload.h, kvm.h, vcpu.h ---- */
+/* ---- machines: mailbox.h, payload.h, machine.h ---- */
+enum { MIG_STALL_BUCKETS = 1024, MIG_STALL_OCTAVE_MIN = 10, MIG_STALL_SUB_BUCKETS = 32, MIG_VCPUS_MAX = 8 };
+
+struct mig_mailbox {
+    uint64_t touches;
+    uint64_t writes; 
+    uint64_t errors;
+    uint64_t first_error_page;
+    uint64_t first_error_expected;
+    uint64_t first_error_found;
+    uint64_t stall_max_ticks;
+    uint64_t populated;
+    uint64_t audit_requested;
+    uint64_t audit_done;
+    uint64_t stop; 
+    uint64_t reserved[501];
+    uint32_t stall_histogram[1024];
+};
+
+struct mig_payload_params {
+    uint64_t distribution;
+    uint64_t write_threshold;
+    uint64_t working_pages;
+    uint64_t first_page;
+    uint64_t table_gpa;
+    uint64_t state_gpa;
+    uint64_t vcpus;
+    uint64_t ticks_per_touch;
+    uint64_t checks_fpu;
+};
+struct mig_payload_state {
+    uint64_t random;
+    uint64_t position;
+    uint64_t next_touch_ticks;
+    uint64_t populated_slots;
+};
+enum { MIG_PARAMS_GPA = 0x1000, MIG_PAGE_TABLE_GPA = 0x2000 };
+struct mig_machine;
+struct mig_cpuid_entry {
+    uint32_t function, index, flags, eax, ebx, ecx, edx;
+};
+
+int mig_kvm_supported_cpuid(struct mig_cpuid_entry *entries, uint32_t max_entries);
+
+int mig_machine_create(char *ram, uint64_t ram_bytes, struct mig_mailbox *mailboxes, uint32_t vcpus,
+                       const struct mig_cpuid_entry *cpuid, uint32_t cpuid_count, struct mig_machine **ret,
+                       const char **ret_operation);
+
+int mig_machine_boot(struct mig_machine *machine, uint64_t code_gpa, uint64_t stack_gpa);
+
+void mig_machine_resume(struct mig_machine *machine);
+
+int mig_machine_pause(struct mig_machine *machine, uint64_t timeout_us);
+
+const char *mig_machine_failure(const struct mig_machine *machine);
+
+uint64_t mig_machine_tsc_khz(const struct mig_machine *machine);
+
+uint32_t mig_vcpu_item_count(void);
+const char *mig_vcpu_item_name(uint32_t item);
+uint32_t mig_vcpu_item_bytes(uint32_t item);
+int mig_vcpu_get_item(struct mig_machine *machine, uint32_t vcpu, uint32_t item, void *data);
+int mig_vcpu_set_item(struct mig_machine *machine, uint32_t vcpu, uint32_t item, const void *data);

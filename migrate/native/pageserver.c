@@ -70,7 +70,8 @@ static int64_t next_data_page(const struct mig_page_source *source, uint64_t pag
     return errno == ENXIO ? (int64_t)source->pages : -errno;
 }
 
-/* How many pages from `first` are data, at most `count`; 0 if `first` is in a hole; or -errno. `core` has count bytes. */
+/* How many pages from `first` are data, at most `count`; 0 if `first` is in a hole; or -errno. `core` has count bytes.
+ */
 static int64_t data_pages(const struct mig_page_source *source, uint64_t first, uint64_t count, unsigned char *core)
 {
     char *start = (char *)source->mapping + mig_page_offset(first);

@@ -25,7 +25,8 @@ class Toucher:
         self._socket = ours
         self._socket.settimeout(20)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.harness.toucher", str(theirs.fileno()), str(pages)], pass_fds=[theirs.fileno()]
+            [sys.executable, "-m", "tests.harness.toucher", str(theirs.fileno()), str(pages)],
+            pass_fds=[theirs.fileno()],
         )
         theirs.close()
         message, fds, _, _ = socket.recv_fds(self._socket, 4096, 2)

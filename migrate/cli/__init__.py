@@ -1,0 +1,1 @@
+"""The `migrate` command: talks gRPC to daemons, draws, prints JSON."""

@@ -1,0 +1,35 @@
+"""`migrate daemon`: the options of a daemon. What it does is in migrate/daemon/."""
+
+from pathlib import Path
+
+import click
+
+from migrate.cli.params import DEFAULT_DAEMON, ENDPOINT
+from migrate.config import DaemonConfig, Endpoint
+
+
+@click.command()
+@click.option(
+    "--listen", type=ENDPOINT, default=DEFAULT_DAEMON, show_default=True, help="Where operators and daemons call."
+)
+@click.option("--page-listen", type=ENDPOINT, help="Where pages are served.  [default: host of --listen, any port]")
+@click.option(
+    "--state-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Where sockets of guests are kept.  [default: a directory of its own]",
+)
+@click.option("--insecure", is_flag=True, help="Allow addresses that are not loopback, without TLS.")
+@click.option("--ready-fd", type=click.IntRange(0), hidden=True, help="Write the addresses here once they serve.")
+def daemon(listen: str, page_listen: str | None, state_dir: Path | None, insecure: bool, ready_fd: int | None) -> None:
+    """Run a daemon: it owns the guests of this host and moves them."""
+    for option, endpoint in (("--listen", listen), ("--page-listen", page_listen)):
+        if endpoint is not None and not insecure and not Endpoint.parse(endpoint).is_loopback:
+            raise click.UsageError(
+                f"{option} {endpoint} is not loopback: whoever reaches that port could read guest memory and run "
+                "guests, for nothing is encrypted and nobody is asked who they are. Give --insecure if the network "
+                "is yours alone."
+            )
+    # The C extension and the servers load only where a daemon runs.
+    from migrate.daemon.main import run_daemon  # noqa: PLC0415
+
+    run_daemon(DaemonConfig(listen=listen, page_listen=page_listen, state_dir=state_dir, ready_fd=ready_fd))

@@ -1,0 +1,234 @@
+"""`migrate demo`: two daemons and a guest on this machine, one migration, a report."""
+
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, Never, Unpack
+
+import click
+
+from migrate.cli.client import AUDIT_DEADLINE_S, CallFailedError, Daemon, connect
+from migrate.cli.local_daemon import GuestProcesses, LocalDaemon
+from migrate.cli.migration import EXIT_INTERRUPTED, finish, follow
+from migrate.cli.params import (
+    GUEST_NAME,
+    GuestOptions,
+    MigrationOptions,
+    guest_options,
+    guest_spec,
+    json_option,
+    migration_options,
+    start_request,
+)
+from migrate.cli.progress import Reporter, progress_reporter
+from migrate.cli.render import EXIT_FAILED, migration_detail, migration_json, pages_present, print_json, stdout_console
+from migrate.errors import MigrateError
+from migrate.guest.probe import KVM, PROCESS, Check, HostCapabilities, probe_host
+from migrate.units import format_bytes
+from migrate.v1 import guest_service_pb2, types_pb2
+
+AUTO = "auto"
+EXIT_TERMINATED = 128 + signal.SIGTERM
+
+_POLL_INTERVAL_S = 0.1
+# Stamping takes well under a second for each GiB; a slow host gets plenty.
+_POPULATE_DEADLINE_S = 600.0
+_TOUCH_DEADLINE_S = 60.0
+
+
+class _DemoOptions(GuestOptions, MigrationOptions):
+    pass
+
+
+@click.command()
+@click.argument("name", type=GUEST_NAME, default="demo")
+@guest_options(kind=AUTO, memory="256MiB", vcpus=2)
+@migration_options()
+@json_option
+def demo(name: str, as_json: bool, **options: Unpack[_DemoOptions]) -> None:
+    """Migrate a guest between two daemons on this machine, and report.
+
+    Starts both daemons, creates a guest under load, moves it, has it check every page at the destination, and removes
+    everything again. Exits with 1 if a page was wrong, or is not accounted for.
+    """
+    options["kind"], why = _choose_kind(options["kind"], probe_host())
+    click.echo(_headline(options, why), err=True)
+    try:
+        with _terminate_as_exit():
+            migration = _run(name, options)
+    except KeyboardInterrupt:
+        click.echo("migrate: interrupted; everything was removed", err=True)
+        sys.exit(EXIT_INTERRUPTED)
+    if as_json:
+        print_json(migration_json(migration))
+    else:
+        stdout_console().print(migration_detail(migration))
+    finish(migration)
+    for flaw in _flaws(migration):
+        click.echo(f"migrate: {flaw}", err=True)
+    if _flaws(migration):
+        sys.exit(EXIT_FAILED)
+
+
+def _choose_kind(wanted: str, host: HostCapabilities) -> tuple[str, str]:
+    """The kind of guest to take, and in words why it is not kvm."""
+    obstacles = host.obstacles(KVM)
+    if wanted != AUTO or not obstacles:
+        return (KVM if wanted == AUTO else wanted), ""
+    return PROCESS, _in_words(obstacles[0])
+
+
+def _in_words(obstacle: Check) -> str:
+    return f"a plain process, for this host cannot move KVM guests ({obstacle.name}: {obstacle.detail})"
+
+
+def _headline(options: GuestOptions, why: str) -> str:
+    vcpus = f"{options['vcpus']} vCPU{'s' if options['vcpus'] > 1 else ''}"
+    return (
+        f"migrate demo: two daemons on this machine, and one guest that moves between them: {options['kind']}, "
+        f"{format_bytes(options['memory'])}, {vcpus}, {options['workload']}" + (f"; {why}" if why else "")
+    )
+
+
+def _run(name: str, options: _DemoOptions) -> types_pb2.Migration:
+    """Do all of it; whatever happens, leave no process and no file."""
+    with ExitStack() as stack:
+        base_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="migrate-demo-")))
+        processes = GuestProcesses()
+        stack.callback(processes.end_all)
+        daemons = [LocalDaemon("source", base_dir), LocalDaemon("destination", base_dir)]
+        stack.callback(_stop_all, daemons, processes)
+        for daemon in daemons:
+            daemon.start()
+        source = stack.enter_context(connect(daemons[0].address))
+        destination = stack.enter_context(connect(daemons[1].address))
+        try:
+            with progress_reporter() as reporter:
+                return _migrate(source, destination, guest_spec(name, options), options, reporter, processes)
+        except MigrateError:
+            for daemon in daemons:
+                _echo_log(daemon)
+            raise
+    raise AssertionError("unreachable: ExitStack swallows nothing here")
+
+
+def _migrate(
+    source: Daemon,
+    destination: Daemon,
+    spec: types_pb2.GuestSpec,
+    options: _DemoOptions,
+    reporter: Reporter,
+    processes: GuestProcesses,
+) -> types_pb2.Migration:
+    created = source.call(source.guests.CreateGuest, guest_service_pb2.CreateGuestRequest(spec=spec)).guest
+    processes.add(created.pid)
+    _await_running(source, spec.name, reporter)
+    request = start_request(spec.name, destination.address, options)
+    migration_id = source.call(source.migrations.StartMigration, request).migration_id
+    migration = follow(source, migration_id, reporter)
+    if migration.state != types_pb2.MIGRATION_STATE_COMPLETED:
+        return migration
+    reporter.report("auditing", 0, 0, "the guest compares every page")
+    statistics = _audit(destination, spec.name, migration.guest_touches_at_switchover)
+    migration.guest_touches = statistics.touches
+    migration.guest_errors = statistics.errors
+    migration.guest_stall_us.CopyFrom(statistics.stall_us)
+    return migration
+
+
+def _await_running(source: Daemon, name: str, reporter: Reporter) -> None:
+    """Wait until the guest has stamped its working set."""
+
+    def is_running() -> bool:
+        guest = source.call(source.guests.GetGuest, guest_service_pb2.GetGuestRequest(name=name)).guest
+        reporter.report("populating", guest.resident_bytes, guest.spec.memory_bytes)
+        return bool(guest.state == types_pb2.GUEST_STATE_RUNNING)
+
+    _await(is_running, _POPULATE_DEADLINE_S, "the guest has not stamped its working set")
+
+
+def _audit(destination: Daemon, name: str, touches_at_switchover: int) -> types_pb2.GuestStatistics:
+    """Wait until the guest has worked at the destination, then have it compare every page."""
+
+    def has_moved_on() -> bool:
+        watch = guest_service_pb2.WatchGuestStatisticsRequest(name=name, interval_us=0)
+        response = destination.first(destination.guests.WatchGuestStatistics, watch)
+        return bool(response.statistics.touches > touches_at_switchover)
+
+    _await(has_moved_on, _TOUCH_DEADLINE_S, "the guest does not run on at the destination")
+    request = guest_service_pb2.AuditGuestRequest(name=name)
+    audited = destination.call(destination.guests.AuditGuest, request, deadline_s=AUDIT_DEADLINE_S)
+    return audited.statistics
+
+
+def _await(condition: Callable[[], bool], deadline_s: float, otherwise: str) -> None:
+    end_s = time.monotonic() + deadline_s
+    while not condition():
+        if time.monotonic() > end_s:
+            raise CallFailedError(f"{otherwise} after {deadline_s:.0f} s")
+        time.sleep(_POLL_INTERVAL_S)
+
+
+def _stop_all(daemons: list[LocalDaemon], processes: GuestProcesses) -> None:
+    """Delete all guests, then end the daemons. A second interrupt does not stop this half-way."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    for daemon in daemons:
+        if daemon.address and daemon.exit_status() is None:
+            _delete_guests(daemon, processes)
+    for daemon in daemons:
+        daemon.stop()
+
+
+def _delete_guests(daemon: LocalDaemon, processes: GuestProcesses) -> None:
+    try:
+        with connect(daemon.address) as remote:
+            guests = remote.call(remote.guests.ListGuests, guest_service_pb2.ListGuestsRequest()).guests
+            for guest in guests:
+                processes.add(guest.pid)
+            for guest in guests:
+                request = guest_service_pb2.DeleteGuestRequest(name=guest.spec.name)
+                remote.call(remote.guests.DeleteGuest, request)
+    except MigrateError:
+        # A guest in the middle of a migration cannot be deleted; its process is ended after the daemons.
+        return
+
+
+def _echo_log(daemon: LocalDaemon) -> None:
+    tail = daemon.log_tail()
+    if tail:
+        click.echo(f"--- end of the {daemon.name} daemon's log\n{tail}", err=True)
+
+
+def _flaws(migration: types_pb2.Migration) -> list[str]:
+    """What is wrong with a migration that says it is complete."""
+    pages = migration.pages
+    flaws = []
+    if migration.guest_errors:
+        flaws.append(f"the guest found {migration.guest_errors} pages that are not as it left them")
+    if pages_present(pages) != pages.total:
+        flaws.append(f"{pages_present(pages)} pages are accounted for, of {pages.total}")
+    if pages.total * migration.page_size_bytes != migration.memory_bytes:
+        flaws.append(f"{pages.total} pages do not make {migration.memory_bytes} bytes")
+    return flaws
+
+
+@contextmanager
+def _terminate_as_exit() -> Iterator[None]:
+    """Have SIGTERM unwind the stack as Ctrl-C does."""
+
+    def on_terminate(_number: int, _frame: FrameType | None) -> Never:
+        sys.exit(EXIT_TERMINATED)
+
+    previous: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGTERM, on_terminate)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,43 @@
+"""The entry point: collects the commands and turns errors into words and exit codes."""
+
+import sys
+from typing import Any
+
+import click
+
+from migrate.cli.daemon import daemon
+from migrate.cli.demo import demo
+from migrate.cli.doctor import doctor
+from migrate.cli.guest import guest
+from migrate.cli.migration import list_migrations, start, status
+from migrate.cli.render import EXIT_FAILED, EXIT_PAUSED
+from migrate.errors import MigrateError, PostcopyPausedError
+
+
+class _MigrateGroup(click.Group):
+    """A group whose commands may raise any MigrateError."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except MigrateError as error:
+            click.echo(f"migrate: {error}", err=True)
+            sys.exit(EXIT_PAUSED if isinstance(error, PostcopyPausedError) else EXIT_FAILED)
+
+
+@click.group(cls=_MigrateGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="migrate")
+def main() -> None:
+    """Move running virtual machines between hosts, postcopy, over gRPC.
+
+    Exit codes: 0 done, 1 failed, 2 usage, 3 paused and recoverable.
+    """
+
+
+main.add_command(daemon)
+main.add_command(demo)
+main.add_command(doctor)
+main.add_command(guest)
+main.add_command(list_migrations)
+main.add_command(start)
+main.add_command(status)

@@ -1,0 +1,211 @@
+"""Option types and option sets that several commands share. A value that makes no sense is a usage error."""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, TypedDict, TypeVar, cast
+
+import click
+
+from migrate.config import Endpoint
+from migrate.errors import ConfigError
+from migrate.units import PAGE_SIZE_BYTES, parse_rate_bytes_per_s, parse_size_bytes
+from migrate.v1 import migration_service_pb2, types_pb2
+
+DEFAULT_DAEMON = "127.0.0.1:7400"
+
+# What a signed 64-bit field holds; nobody has an exbibyte of RAM.
+_QUANTITY_MAX = 2**63 - 1
+_GUEST_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_KINDS = {"kvm": types_pb2.GUEST_KIND_KVM, "process": types_pb2.GUEST_KIND_PROCESS}
+_WORKLOADS = {
+    "uniform": types_pb2.WORKLOAD_DISTRIBUTION_UNIFORM,
+    "zipf": types_pb2.WORKLOAD_DISTRIBUTION_ZIPF,
+    "sequential": types_pb2.WORKLOAD_DISTRIBUTION_SEQUENTIAL,
+    "idle": types_pb2.WORKLOAD_DISTRIBUTION_IDLE,
+}
+_MODES = {"postcopy": types_pb2.MIGRATION_MODE_POSTCOPY}
+_TRANSPORTS = {"grpcio": types_pb2.PAGE_TRANSPORT_GRPCIO}
+_ORDERS = ("precopy",)
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+class _Parsed(click.ParamType[int | str]):
+    """A type with a parser of ours behind it; defaults may be given as text or as the parsed value."""
+
+    def __init__(self, name: str, parse: Callable[[str], int | str]) -> None:
+        self.name = name
+        self._parse = parse
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        if isinstance(value, int):
+            return value
+        try:
+            parsed = self._parse(value)
+        except ConfigError as exc:
+            self.fail(exc.message, param, ctx)
+        if isinstance(parsed, int) and parsed > _QUANTITY_MAX:
+            self.fail(f"{value!r} is more than any host has", param, ctx)
+        return parsed
+
+
+def _endpoint(text: str) -> str:
+    return str(Endpoint.parse(text))
+
+
+def _guest_name(text: str) -> str:
+    if not _GUEST_NAME.fullmatch(text):
+        raise ConfigError(f"{text!r} is not a name: 1 to 64 of A-Z a-z 0-9 . _ -, starting with a letter or digit")
+    return text
+
+
+def _ram_bytes(text: str) -> int:
+    count_bytes = parse_size_bytes(text)
+    if count_bytes <= 0 or count_bytes % PAGE_SIZE_BYTES:
+        raise ConfigError(f"{text!r} is not a positive multiple of {PAGE_SIZE_BYTES} bytes")
+    return count_bytes
+
+
+ENDPOINT = _Parsed("HOST:PORT", _endpoint)
+GUEST_NAME = _Parsed("NAME", _guest_name)
+RAM_SIZE = _Parsed("SIZE", _ram_bytes)
+RATE = _Parsed("RATE", parse_rate_bytes_per_s)
+
+daemon_option = click.option(
+    "--daemon",
+    type=ENDPOINT,
+    envvar="MIGRATE_DAEMON",
+    default=DEFAULT_DAEMON,
+    show_default=True,
+    show_envvar=True,
+    help="The daemon to talk to.",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+class GuestOptions(TypedDict):
+    """What guest_options() passes to a command."""
+
+    kind: str
+    memory: int
+    vcpus: int
+    workload: str
+    write_ratio: float
+    working_set: int
+    touch_rate: int
+    seed: int
+
+
+class MigrationOptions(TypedDict):
+    """What migration_options() passes to a command."""
+
+    mode: str
+    order: str
+    max_bandwidth: int
+    transport: str
+    verify: bool
+
+
+def guest_options(*, kind: str, memory: str, vcpus: int) -> Callable[[_Command], _Command]:
+    """Options of `guest create`, with the defaults that differ between commands."""
+    kinds = _choice([*_KINDS] if kind in _KINDS else [kind, *_KINDS])
+    return _stack(
+        click.option("--kind", type=kinds, default=kind, show_default=True, help="What kind of thing the guest is."),
+        click.option("--memory", type=RAM_SIZE, default=memory, show_default=True, help="RAM of the guest."),
+        click.option("--vcpus", type=click.IntRange(1), default=vcpus, show_default=True, help="Number of vCPUs."),
+        click.option(
+            "--workload",
+            type=_choice(_WORKLOADS),
+            default="uniform",
+            show_default=True,
+            help="Which pages the guest touches.",
+        ),
+        click.option(
+            "--write-ratio",
+            type=click.FloatRange(0, 1),
+            default=0.5,
+            show_default=True,
+            help="Share of touches that write.",
+        ),
+        click.option("--working-set", type=RAM_SIZE, default=0, help="Bytes touched.  [default: nearly all of RAM]"),
+        click.option(
+            "--touch-rate",
+            type=click.IntRange(0),
+            default=0,
+            metavar="N",
+            help="Touches a second for each vCPU.  [default: as fast as it goes]",
+        ),
+        click.option(
+            "--seed",
+            type=click.IntRange(0, 2**64 - 1),
+            default=1,
+            show_default=True,
+            metavar="N",
+            help="Seeds the choice of pages.",
+        ),
+    )
+
+
+def migration_options() -> Callable[[_Command], _Command]:
+    """Options of `start` that say how to migrate."""
+    return _stack(
+        click.option(
+            "--mode", type=_choice(_MODES), default="postcopy", show_default=True, help="When the switchover happens."
+        ),
+        click.option(
+            "--order", type=_choice(_ORDERS), default="precopy", show_default=True, help="Order of the background."
+        ),
+        click.option("--max-bandwidth", type=RATE, default=0, help="Cap of the background.  [default: none]"),
+        click.option(
+            "--transport",
+            type=_choice(_TRANSPORTS),
+            default="grpcio",
+            show_default=True,
+            help="What carries the pages.",
+        ),
+        click.option("--verify", is_flag=True, help="Compare a digest of every page, and of all memory at the end."),
+    )
+
+
+def guest_spec(name: str, options: GuestOptions) -> types_pb2.GuestSpec:
+    """The message that asks for a guest."""
+    return types_pb2.GuestSpec(
+        name=name,
+        kind=_KINDS[options["kind"]],
+        memory_bytes=options["memory"],
+        vcpus=options["vcpus"],
+        workload=types_pb2.WorkloadSpec(
+            distribution=_WORKLOADS[options["workload"]],
+            write_ratio=options["write_ratio"],
+            working_set_bytes=options["working_set"],
+            touch_rate_per_s=options["touch_rate"],
+            seed=options["seed"],
+        ),
+    )
+
+
+def start_request(guest: str, to: str, options: MigrationOptions) -> migration_service_pb2.StartMigrationRequest:
+    """The message that starts a migration."""
+    return migration_service_pb2.StartMigrationRequest(
+        guest=guest,
+        to=to,
+        mode=_MODES[options["mode"]],
+        order=options["order"],
+        transport=_TRANSPORTS[options["transport"]],
+        max_bandwidth_bytes_per_s=options["max_bandwidth"],
+        verify=options["verify"],
+    )
+
+
+def _choice(words: Sequence[str] | dict[str, Any]) -> click.Choice[str]:
+    return click.Choice([*words])
+
+
+def _stack(*options: Callable[[Any], Any]) -> Callable[[_Command], _Command]:
+    def decorate(command: _Command) -> _Command:
+        # Options are listed in the order in which decorators stand, which is the reverse of their application.
+        for option in reversed(options):
+            command = cast("_Command", option(command))
+        return command
+
+    return decorate

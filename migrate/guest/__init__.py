@@ -1,0 +1,1 @@
+"""What can be migrated: guest processes behind one small protocol on a unix socket."""

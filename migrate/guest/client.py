@@ -1,0 +1,124 @@
+"""The daemon's end of the guest protocol."""
+
+import os
+import socket
+import threading
+from pathlib import Path
+
+from migrate.errors import GuestGoneError, GuestHolder, MigrateError, RemoteProtocolError, error_class
+from migrate.guest import protocol
+from migrate.v1 import guest_protocol_pb2 as pb
+from migrate.v1 import types_pb2 as types
+
+_TIMEOUT_S = 30.0
+
+
+class GuestClient:
+    """A connection to one guest process. Thread-safe: calls take turns.
+
+    Every call raises what the guest raised, or GuestGoneError if its process is dead.
+
+    Args:
+        socket_path: Where the guest listens.
+    """
+
+    def __init__(self, socket_path: Path) -> None:
+        self._path = socket_path
+        self._connection = self._connect()
+        self._lock = threading.Lock()
+
+    def describe(self) -> tuple[types.GuestDescription, "types.GuestState.ValueType", int, list[int]]:
+        """Description, state, pid, and the memfd of each region, which the caller closes."""
+        response, fds = self._call(self._connection, pb.GuestRequest(describe=pb.DescribeRequest()))
+        return response.describe.description, response.describe.state, response.describe.pid, fds
+
+    def pause(self) -> None:
+        """Stop the vCPUs."""
+        self._plain(pb.GuestRequest(pause=pb.PauseRequest()))
+
+    def resume(self) -> None:
+        """Let the vCPUs run."""
+        self._plain(pb.GuestRequest(resume=pb.ResumeRequest()))
+
+    def save_state(self) -> tuple[bytes, int]:
+        """State of a paused guest, and its touches so far."""
+        response = self._plain(pb.GuestRequest(save_state=pb.SaveStateRequest())).save_state
+        return response.state, response.touches
+
+    def load_state(self, state: bytes) -> None:
+        """State for a guest that never ran."""
+        self._plain(pb.GuestRequest(load_state=pb.LoadStateRequest(state=state)))
+
+    def arm(self) -> tuple[int, list[int]]:
+        """The userfaultfd, which the caller closes, and each region's address in the guest process."""
+        response, fds = self._call(self._connection, pb.GuestRequest(arm=pb.ArmRequest()))
+        if len(fds) != 1:
+            for fd in fds:
+                os.close(fd)
+            raise RemoteProtocolError(f"the guest armed itself with {len(fds)} descriptors")
+        return fds[0], list(response.arm.region_hva)
+
+    def disarm(self) -> None:
+        """Let holes read as zero."""
+        self._plain(pb.GuestRequest(disarm=pb.DisarmRequest()))
+
+    def statistics(self) -> types.GuestStatistics:
+        """What the guest knows about itself."""
+        return self._plain(pb.GuestRequest(statistics=pb.StatisticsRequest())).statistics.statistics
+
+    def audit(self, deadline_us: int) -> types.GuestStatistics:
+        """Have every page of the working set compared. On a connection of its own: it takes its time."""
+        connection = self._connect()
+        try:
+            connection.settimeout(deadline_us / 1_000_000 + _TIMEOUT_S)
+            request = pb.GuestRequest(audit=pb.AuditRequest(deadline_us=deadline_us))
+            protocol.send(connection, request)
+            response, _ = protocol.receive(connection, pb.GuestResponse())
+            return _checked(response).audit.statistics
+        finally:
+            connection.close()
+
+    def shutdown(self) -> None:
+        """End the guest process."""
+        self._plain(pb.GuestRequest(shutdown=pb.ShutdownRequest()))
+
+    def close(self) -> None:
+        """Let go of the connection; the guest lives on."""
+        self._connection.close()
+
+    def _connect(self) -> socket.socket:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        protocol.make_room(connection)
+        connection.settimeout(_TIMEOUT_S)
+        try:
+            connection.connect(str(self._path))
+        except OSError as error:
+            connection.close()
+            raise GuestGoneError(f"no guest listens at {self._path.name}: {error.strerror}") from error
+        return connection
+
+    def _plain(self, request: pb.GuestRequest) -> pb.GuestResponse:
+        response, fds = self._call(self._connection, request)
+        for fd in fds:
+            os.close(fd)
+        return response
+
+    def _call(self, connection: socket.socket, request: pb.GuestRequest) -> tuple[pb.GuestResponse, list[int]]:
+        with self._lock:
+            protocol.send(connection, request)
+            response, fds = protocol.receive(connection, pb.GuestResponse())
+        return _checked(response), fds
+
+
+def _checked(response: pb.GuestResponse) -> pb.GuestResponse:
+    if response.HasField("error"):
+        raise received_error(response.error)
+    return response
+
+
+def received_error(info: types.ErrorInfo) -> MigrateError:
+    """The error that a message describes, built without its class's own constructor, whose arguments did not travel."""
+    cls = error_class(info.type)
+    error = cls.__new__(cls)
+    MigrateError.__init__(error, info.message, holder=GuestHolder(info.holder), remedy=info.remedy)
+    return error

@@ -1,0 +1,216 @@
+#include "machine.h"
+
+#include <errno.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <x86intrin.h>
+
+#include "machine_internal.h"
+#include "payload.h"
+#include "units.h"
+
+static void ignore_kick(int number)
+{
+    (void)number; /* its arrival alone makes KVM_RUN return */
+}
+
+static struct timespec to_timespec(uint64_t time_ns)
+{
+    return (struct timespec){.tv_sec = (time_t)(time_ns / 1000000000u), .tv_nsec = (long)(time_ns % 1000000000u)};
+}
+
+static void park(struct mig_vcpu *vcpu)
+{
+    struct mig_machine *machine = vcpu->machine;
+
+    if (vcpu->mmio_pending) {
+        /* KVM finishes the instruction on the next entry; only then is the state one between two instructions. */
+        vcpu->run->immediate_exit = 1;
+        ioctl(vcpu->fd, KVM_RUN, 0);
+        vcpu->mmio_pending = false;
+    }
+    pthread_mutex_lock(&machine->mutex);
+    vcpu->parked = true;
+    pthread_cond_broadcast(&machine->changed);
+    while (machine->paused)
+        pthread_cond_wait(&machine->changed, &machine->mutex);
+    vcpu->parked = false;
+    if (vcpu->run)
+        vcpu->run->immediate_exit = 0;
+    pthread_mutex_unlock(&machine->mutex);
+}
+
+/* Sleeps for the workload; a pause ends it early. */
+static void sleep_ticks(struct mig_machine *machine, uint64_t ticks)
+{
+    const struct timespec deadline = to_timespec(mig_now_ns() + ticks * 1000000 / machine->tsc_khz);
+
+    pthread_mutex_lock(&machine->mutex);
+    while (!machine->paused && pthread_cond_timedwait(&machine->changed, &machine->mutex, &deadline) != ETIMEDOUT)
+        ;
+    pthread_mutex_unlock(&machine->mutex);
+}
+
+static void hear(struct mig_machine *machine, uint64_t code)
+{
+    if ((code & 0xff) == MIG_PAYLOAD_SLEEP)
+        sleep_ticks(machine, code >> 8);
+}
+
+/* Returns false when the vCPU cannot go on. */
+static bool run_kvm(struct mig_vcpu *vcpu)
+{
+    struct mig_machine *machine = vcpu->machine;
+    struct kvm_run *run = vcpu->run;
+
+    vcpu->mmio_pending = false;
+    if (ioctl(vcpu->fd, KVM_RUN, 0) < 0) {
+        if (errno == EINTR || errno == EAGAIN)
+            return true;
+        snprintf(machine->failure, sizeof(machine->failure), "vCPU %u: KVM_RUN: %s", vcpu->index, strerror(errno));
+        return false;
+    }
+    if (run->exit_reason == KVM_EXIT_MMIO && run->mmio.is_write && run->mmio.phys_addr == MIG_DOORBELL_GPA) {
+        uint64_t code = 0;
+        memcpy(&code, run->mmio.data, sizeof(code));
+        vcpu->mmio_pending = true;
+        hear(machine, code);
+        return true;
+    }
+    if (run->exit_reason == KVM_EXIT_INTR)
+        return true;
+    snprintf(machine->failure, sizeof(machine->failure), "vCPU %u: unexpected exit %u of KVM_RUN", vcpu->index,
+             run->exit_reason);
+    return false;
+}
+
+static void *vcpu_thread(void *argument)
+{
+    struct mig_vcpu *vcpu = argument;
+    struct mig_machine *machine = vcpu->machine;
+
+    for (bool alive = true; alive;) {
+        if (__atomic_load_n(&machine->paused, __ATOMIC_ACQUIRE))
+            park(vcpu);
+        else if (vcpu->run)
+            alive = run_kvm(vcpu);
+        else
+            hear(machine, mig_payload_step(machine->ram, &machine->mailboxes[vcpu->index], vcpu->index));
+    }
+    /* It stands still for good; `failure` says why. */
+    pthread_mutex_lock(&machine->mutex);
+    vcpu->parked = true;
+    pthread_cond_broadcast(&machine->changed);
+    pthread_mutex_unlock(&machine->mutex);
+    return NULL;
+}
+
+static uint64_t measure_tsc_khz(void)
+{
+    const uint64_t begin_ns = mig_now_ns(), begin_ticks = __rdtsc();
+    uint64_t now_ns;
+    do
+        now_ns = mig_now_ns();
+    while (now_ns - begin_ns < 10 * 1000 * 1000);
+    return (__rdtsc() - begin_ticks) * 1000000 / (now_ns - begin_ns);
+}
+
+int mig_machine_create(char *ram, uint64_t ram_bytes, struct mig_mailbox *mailboxes, uint32_t vcpus,
+                       const struct mig_cpuid_entry *cpuid, uint32_t cpuid_count, struct mig_machine **ret,
+                       const char **ret_operation)
+{
+    struct mig_machine *machine = calloc(1, sizeof(*machine));
+    const struct sigaction kick = {.sa_handler = ignore_kick};
+    pthread_condattr_t attributes;
+
+    *ret_operation = "create the machine";
+    if (!machine)
+        return -ENOMEM;
+    if (vcpus < 1 || vcpus > MIG_VCPUS_MAX) {
+        free(machine);
+        return -EINVAL;
+    }
+    *machine = (struct mig_machine){.ram = ram, .ram_bytes = ram_bytes, .mailboxes = mailboxes, .vcpu_count = vcpus};
+    machine->kvm_fd = machine->vm_fd = -1;
+    machine->paused = true;
+    pthread_mutex_init(&machine->mutex, NULL);
+    pthread_condattr_init(&attributes);
+    pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
+    pthread_cond_init(&machine->changed, &attributes);
+    pthread_condattr_destroy(&attributes);
+    sigaction(SIGRTMIN, &kick, NULL);
+    for (uint32_t i = 0; i < vcpus; i++)
+        machine->vcpus[i] = (struct mig_vcpu){.machine = machine, .index = i, .fd = -1};
+    /* On failure the process ends, and with it every descriptor and mapping. */
+    int rc = cpuid_count ? mig_kvm_create(machine, cpuid, cpuid_count, ret_operation) : 0;
+    if (rc == 0 && !machine->tsc_khz)
+        machine->tsc_khz = measure_tsc_khz();
+    for (uint32_t i = 0; rc == 0 && i < vcpus; i++) {
+        *ret_operation = "start a vCPU thread";
+        rc = -pthread_create(&machine->vcpus[i].thread, NULL, vcpu_thread, &machine->vcpus[i]);
+    }
+    *ret = machine;
+    return rc;
+}
+
+void mig_machine_resume(struct mig_machine *machine)
+{
+    pthread_mutex_lock(&machine->mutex);
+    for (uint32_t i = 0; i < machine->vcpu_count; i++)
+        __atomic_store_n(&machine->mailboxes[i].stop, 0, __ATOMIC_RELEASE);
+    __atomic_store_n(&machine->paused, false, __ATOMIC_RELEASE);
+    pthread_cond_broadcast(&machine->changed);
+    pthread_mutex_unlock(&machine->mutex);
+}
+
+static bool all_parked(const struct mig_machine *machine)
+{
+    for (uint32_t i = 0; i < machine->vcpu_count; i++)
+        if (!machine->vcpus[i].parked)
+            return false;
+    return true;
+}
+
+int mig_machine_pause(struct mig_machine *machine, uint64_t timeout_us)
+{
+    const struct timespec deadline = to_timespec(mig_now_ns() + timeout_us * 1000);
+    bool in_time = true;
+
+    pthread_mutex_lock(&machine->mutex);
+    __atomic_store_n(&machine->paused, true, __ATOMIC_RELEASE);
+    for (uint32_t i = 0; i < machine->vcpu_count; i++) {
+        struct mig_vcpu *vcpu = &machine->vcpus[i];
+        if (vcpu->run) {
+            /* In this order: a vCPU that is about to enter sees the flag, one that is inside gets the signal. */
+            __atomic_store_n(&vcpu->run->immediate_exit, 1, __ATOMIC_SEQ_CST);
+            pthread_kill(vcpu->thread, SIGRTMIN);
+        } else {
+            __atomic_store_n(&machine->mailboxes[i].stop, 1, __ATOMIC_RELEASE);
+        }
+    }
+    pthread_cond_broadcast(&machine->changed); /* ends sleeps */
+    while (in_time && !all_parked(machine))
+        in_time = pthread_cond_timedwait(&machine->changed, &machine->mutex, &deadline) != ETIMEDOUT;
+    const bool stopped = all_parked(machine);
+    pthread_mutex_unlock(&machine->mutex);
+    if (stopped)
+        return 0;
+    for (uint32_t i = 0; i < machine->vcpu_count; i++)
+        if (machine->vcpus[i].run)
+            machine->vcpus[i].run->immediate_exit = 0;
+    mig_machine_resume(machine);
+    return -ETIMEDOUT;
+}
+
+const char *mig_machine_failure(const struct mig_machine *machine)
+{
+    return machine->failure;
+}
+
+uint64_t mig_machine_tsc_khz(const struct mig_machine *machine)
+{
+    return machine->tsc_khz;
+}

@@ -1,0 +1,53 @@
+"""`migrate daemon`: which addresses it accepts, and what it hands on."""
+
+from pathlib import Path
+
+import pytest
+
+import migrate.daemon.main
+from migrate.config import DaemonConfig
+from tests.harness.cli import run
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Configurations that daemons were started with, none of which ran."""
+    configurations = []
+    monkeypatch.setattr(migrate.daemon.main, "run_daemon", configurations.append)
+    return configurations
+
+
+def test_daemon_defaults(started):
+    assert run("daemon").exit_code == 0
+
+    assert started == [DaemonConfig(listen="127.0.0.1:7400", page_listen=None, state_dir=None, ready_fd=None)]
+
+
+def test_daemon_passes_everything_on(started, tmp_path):
+    options = ["--listen", "[::1]:0", "--page-listen", "localhost:0", "--state-dir", str(tmp_path), "--ready-fd", "7"]
+
+    assert run("daemon", *options).exit_code == 0
+
+    assert started == [DaemonConfig(listen="[::1]:0", page_listen="localhost:0", state_dir=Path(tmp_path), ready_fd=7)]
+
+
+@pytest.mark.parametrize("option", ["--listen", "--page-listen"])
+@pytest.mark.parametrize("address", ["0.0.0.0:7400", "[::]:7400", "192.0.2.1:7400", "host.example:7400"])
+def test_daemon_refuses_open_networks_and_says_why(started, option, address):
+    result = run("daemon", option, address)
+
+    assert result.exit_code == 2
+    assert "is not loopback" in result.stderr
+    assert "--insecure" in result.stderr
+    assert not started
+
+
+def test_daemon_insecure_listens_anywhere(started):
+    assert run("daemon", "--listen", "0.0.0.0:7400", "--insecure").exit_code == 0
+
+    assert started[0].listen == "0.0.0.0:7400"
+
+
+def test_daemon_bad_address_is_a_usage_error(started):
+    assert run("daemon", "--listen", "7400").exit_code == 2
+    assert not started

@@ -1,0 +1,151 @@
+"""`migrate doctor` and the probe behind it."""
+
+import os
+import re
+import sys
+
+import pytest
+
+import migrate.native
+from migrate.cli import doctor as doctor_command
+from migrate.errors import UffdUnavailableError
+from migrate.guest import probe
+from migrate.guest.probe import Check, HostCapabilities, probe_host
+from migrate.native import uffd
+from tests.harness.cli import json_of, run
+
+KVM_MISSING = Check("kvm-device", ok=False, detail="absent", remedy="load kvm", required_for=("kvm",))
+NOTHING_WORKS = Check("memfd", ok=False, detail="refused", remedy="allow it", required_for=("kvm", "process"))
+JUST_A_NOTE = Check("memory", ok=False, detail="little", remedy="buy some")
+
+
+def pretend(monkeypatch, *checks):
+    monkeypatch.setattr(doctor_command, "probe_host", lambda: HostCapabilities(checks=checks))
+
+
+def test_doctor_of_a_host_without_kvm_is_content_with_processes(monkeypatch):
+    pretend(monkeypatch, KVM_MISSING, JUST_A_NOTE)
+
+    result = run("doctor")
+
+    assert result.exit_code == 0
+    assert re.search(r"missing +kvm-device +absent", result.stdout)
+    assert re.search(r"note +memory +little", result.stdout)
+    assert "→ load kvm" in result.stdout
+    assert result.stdout.splitlines()[-1] == "Guests of kind process can move here."
+
+
+def test_doctor_exits_with_1_where_no_guest_can_move(monkeypatch):
+    pretend(monkeypatch, NOTHING_WORKS)
+
+    result = run("doctor")
+
+    assert result.exit_code == 1
+    assert result.stdout.splitlines()[-1] == "No kind of guest can move here."
+
+
+def test_doctor_json(monkeypatch):
+    pretend(monkeypatch, KVM_MISSING)
+
+    assert json_of(run("doctor", "--json")) == {
+        "ok": True,
+        "guest_kinds": ["process"],
+        "checks": [
+            {
+                "name": "kvm-device",
+                "ok": False,
+                "detail": "absent",
+                "remedy": "load kvm",
+                "required_for": ["kvm"],
+            }
+        ],
+    }
+
+
+def test_doctor_json_of_an_unable_host_exits_with_1(monkeypatch):
+    pretend(monkeypatch, NOTHING_WORKS)
+
+    result = run("doctor", "--json")
+
+    assert result.exit_code == 1
+    assert json_of(result)["ok"] is False
+
+
+def test_probe_of_this_host_has_a_remedy_for_every_failure():
+    host = probe_host()
+
+    names = [check.name for check in host.checks]
+    assert len(names) == len(set(names))
+    assert {"platform", "native-extension", "uffd-kernel-faults", "uffd-user-faults", "memfd"} <= set(names)
+    assert all(check.detail for check in host.checks)
+    assert all(check.remedy for check in host.checks if not check.ok)
+
+
+def test_probe_leaves_no_descriptor_open():
+    probe_host()
+    before = sorted(os.listdir("/proc/self/fd"))
+
+    probe_host()
+
+    assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+def test_probe_without_kvm_device(monkeypatch, tmp_path):
+    monkeypatch.setattr(probe, "KVM_DEVICE", tmp_path / "kvm")
+
+    host = probe_host()
+
+    assert not host.has_kvm
+    assert "kvm" not in host.guest_kinds
+    assert "No such file" in host.obstacles("kvm")[0].detail
+
+
+def test_probe_of_something_that_is_not_kvm(monkeypatch, tmp_path):
+    impostor = tmp_path / "kvm"
+    impostor.touch()
+    monkeypatch.setattr(probe, "KVM_DEVICE", impostor)
+
+    failed = {check.name for check in probe_host().obstacles("kvm")}
+
+    assert {"kvm-api", "kvm-capabilities"} <= failed
+
+
+def test_probe_where_proc_is_missing(monkeypatch, tmp_path):
+    monkeypatch.setattr(probe, "PROC", tmp_path)
+
+    checks = {check.name: check for check in probe_host().checks}
+
+    assert not checks["memory"].ok
+    assert checks["tcp-congestion-control"].detail == "unknown"
+
+
+def test_probe_where_the_kernel_refuses_userfaultfd(monkeypatch):
+    def refuse(*, user_mode_only):
+        raise UffdUnavailableError("no userfaultfd here: Operation not permitted", remedy="run as root")
+
+    monkeypatch.setattr(uffd, "open_uffd", refuse)
+
+    host = probe_host()
+
+    assert not host.has_kernel_faults
+    assert host.guest_kinds == ()
+    assert [check.remedy for check in host.obstacles("process")] == ["run as root"]
+
+
+def test_probe_where_the_extension_is_not_built(monkeypatch):
+    # None in sys.modules makes an import fail.
+    monkeypatch.setitem(sys.modules, "migrate.native._native", None)
+    monkeypatch.setitem(sys.modules, "migrate.native.uffd", None)
+    monkeypatch.delattr(migrate.native, "_native", raising=False)
+
+    failed = {check.name: check for check in probe_host().obstacles("process")}
+
+    assert set(failed) == {"native-extension", "uffd-user-faults"}
+    assert "pip install" in failed["native-extension"].remedy
+
+
+@pytest.mark.parametrize("kind", ["kvm", "process"])
+def test_kinds_are_those_without_obstacles(kind):
+    host = HostCapabilities(checks=(KVM_MISSING,))
+
+    assert (kind in host.guest_kinds) == (not host.obstacles(kind))
