@@ -28,7 +28,8 @@ class MigrationRecord:
         self._changed = threading.Condition(self.lock)
         migration.side = types.MigrationSide.ValueType(side.value)
         migration.page_size_bytes = PAGE_SIZE_BYTES
-        self._publish()
+        with self._changed:
+            self._publish()
 
     @property
     def migration_id(self) -> str:
