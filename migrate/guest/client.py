@@ -91,7 +91,8 @@ class GuestClient:
         protocol.make_room(connection)
         connection.settimeout(_TIMEOUT_S)
         try:
-            connection.connect(str(self._path))
+            with protocol.short_path(self._path) as path:
+                connection.connect(path)
         except OSError as error:
             connection.close()
             raise GuestGoneError(f"no guest listens at {self._path.name}: {error.strerror}") from error

@@ -21,6 +21,7 @@ from migrate.errors import (
     GuestBusyError,
     GuestGoneError,
     MigrateError,
+    NativeError,
     RemoteProtocolError,
     UffdUnavailableError,
 )
@@ -277,39 +278,60 @@ class Guest:
 
 
 def answer(guest: Guest, request: pb.GuestRequest) -> tuple[pb.GuestResponse, list[int]]:
-    """Do what a request asks; the response, and the descriptors that go with it."""
+    """Do what a request asks; the response, and the descriptors that go with it.
+
+    Raises:
+        MigrateError: it could not be done; the guest is as it was.
+    """
     kind = request.WhichOneof("request")
-    match kind:
-        case "describe":
-            described = pb.DescribeResponse(description=guest.describe(), state=guest.state, pid=os.getpid())
-            return pb.GuestResponse(describe=described), [guest.memfd]
-        case "save_state":
-            state, touches = guest.save_state()
-            return pb.GuestResponse(save_state=pb.SaveStateResponse(state=state, touches=touches)), []
-        case "load_state":
-            guest.load_state(request.load_state.state)
-            return pb.GuestResponse(load_state=pb.LoadStateResponse()), []
-        case "arm":
-            fd, hva = guest.arm()
-            return pb.GuestResponse(arm=pb.ArmResponse(region_hva=[hva])), [fd]
-        case "statistics":
-            statistics = pb.StatisticsResponse(statistics=guest.statistics(), state=guest.state)
-            return pb.GuestResponse(statistics=statistics), []
-        case "audit":
-            audited = pb.AuditResponse(statistics=guest.audit(request.audit.deadline_us))
-            return pb.GuestResponse(audit=audited), []
-        case "shutdown":
-            return pb.GuestResponse(shutdown=pb.ShutdownResponse()), []
-        case "pause":
-            guest.pause()
-            return pb.GuestResponse(pause=pb.PauseResponse()), []
-        case "resume":
-            guest.resume()
-            return pb.GuestResponse(resume=pb.ResumeResponse()), []
-        case "disarm":
-            guest.disarm()
-            return pb.GuestResponse(disarm=pb.DisarmResponse()), []
+    if kind in _CHANGES:
+        _CHANGES[kind](guest, request)
+        response = pb.GuestResponse()
+        getattr(response, kind).SetInParent()
+        return response, []
+    if kind in _READS:
+        return _READS[kind](guest, request)
     raise RemoteProtocolError("a request of the guest protocol that this version does not know")
+
+
+def _describe(guest: Guest, _: pb.GuestRequest) -> tuple[pb.GuestResponse, list[int]]:
+    described = pb.DescribeResponse(description=guest.describe(), state=guest.state, pid=os.getpid())
+    return pb.GuestResponse(describe=described), [guest.memfd]
+
+
+def _save_state(guest: Guest, _: pb.GuestRequest) -> tuple[pb.GuestResponse, list[int]]:
+    state, touches = guest.save_state()
+    return pb.GuestResponse(save_state=pb.SaveStateResponse(state=state, touches=touches)), []
+
+
+def _arm(guest: Guest, _: pb.GuestRequest) -> tuple[pb.GuestResponse, list[int]]:
+    fd, hva = guest.arm()
+    return pb.GuestResponse(arm=pb.ArmResponse(region_hva=[hva])), [fd]
+
+
+def _statistics(guest: Guest, _: pb.GuestRequest) -> tuple[pb.GuestResponse, list[int]]:
+    statistics = pb.StatisticsResponse(statistics=guest.statistics(), state=guest.state)
+    return pb.GuestResponse(statistics=statistics), []
+
+
+def _audit(guest: Guest, request: pb.GuestRequest) -> tuple[pb.GuestResponse, list[int]]:
+    return pb.GuestResponse(audit=pb.AuditResponse(statistics=guest.audit(request.audit.deadline_us))), []
+
+
+_CHANGES: dict[str, Callable[[Guest, pb.GuestRequest], None]] = {
+    "pause": lambda guest, _: guest.pause(),
+    "resume": lambda guest, _: guest.resume(),
+    "load_state": lambda guest, request: guest.load_state(request.load_state.state),
+    "disarm": lambda guest, _: guest.disarm(),
+    "shutdown": lambda *_: None,
+}
+_READS: dict[str, Callable[[Guest, pb.GuestRequest], tuple[pb.GuestResponse, list[int]]]] = {
+    "describe": _describe,
+    "save_state": _save_state,
+    "arm": _arm,
+    "statistics": _statistics,
+    "audit": _audit,
+}
 
 
 def serve_connection(guest: Guest, connection: socket.socket, leave: Callable[[], None]) -> None:
@@ -341,7 +363,8 @@ def _listen(path: Path) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
     mask = os.umask(0o177)
     try:
-        listener.bind(str(path))
+        with protocol.short_path(path) as short:
+            listener.bind(short)
     finally:
         os.umask(mask)
     listener.listen()
@@ -371,8 +394,9 @@ def main() -> None:
                 description = types.GuestDescription.FromString(arguments.description)
             guest = Guest(description)
             listener = _listen(arguments.socket)
-        except MigrateError as error:
-            ready.write(pb.GuestResponse(error=_error_info(error)).SerializeToString())
+        except (MigrateError, OSError) as error:
+            known = error if isinstance(error, MigrateError) else NativeError("start the guest", error.errno or 0)
+            ready.write(pb.GuestResponse(error=_error_info(known)).SerializeToString())
             ready.flush()
             sys.exit(1)
         signal.signal(signal.SIGTERM, leave)

@@ -1,8 +1,10 @@
 """One message a packet on a SOCK_SEQPACKET unix socket, descriptors beside it."""
 
+import contextlib
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 from google.protobuf.message import DecodeError, Message
@@ -23,6 +25,16 @@ def make_room(connection: socket.socket) -> None:
             connection.setsockopt(socket.SOL_SOCKET, forced, PACKET_MAX_BYTES)
         except PermissionError:
             connection.setsockopt(socket.SOL_SOCKET, option, PACKET_MAX_BYTES)
+
+
+@contextlib.contextmanager
+def short_path(path: Path) -> Iterator[str]:
+    """A path to the same file that fits into struct sockaddr_un's 108 bytes, however deep the directory (unix(7))."""
+    directory_fd = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{directory_fd}/{path.name}"
+    finally:
+        os.close(directory_fd)
 
 
 def send(connection: socket.socket, message: Message, fds: Sequence[int] = ()) -> None:
@@ -51,16 +63,20 @@ def receive(connection: socket.socket, message: _M) -> tuple[_M, list[int]]:
     except OSError as error:
         raise GuestGoneError(f"the guest's socket broke: {error.strerror}") from error
     try:
-        if not data:
-            raise GuestGoneError("the guest process closed its socket")
-        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
-            raise RemoteProtocolError(f"a packet of the guest protocol exceeds {PACKET_MAX_BYTES} bytes")
-        try:
-            message.ParseFromString(data)
-        except DecodeError as error:
-            raise RemoteProtocolError("a packet of the guest protocol is not a message") from error
+        _parse(data, flags, message)
     except (GuestGoneError, RemoteProtocolError):
         for fd in fds:
             os.close(fd)
         raise
     return message, fds
+
+
+def _parse(data: bytes, flags: int, message: Message) -> None:
+    if not data:
+        raise GuestGoneError("the guest process closed its socket")
+    if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+        raise RemoteProtocolError(f"a packet of the guest protocol exceeds {PACKET_MAX_BYTES} bytes")
+    try:
+        message.ParseFromString(data)
+    except DecodeError as error:
+        raise RemoteProtocolError("a packet of the guest protocol is not a message") from error

@@ -30,16 +30,19 @@ class Host:
             self.address = json.loads(stream.readline())["listen"]
 
     def migrate(self, *words):
-        """Run the command line inside this host; return its JSON."""
+        """Run the command line inside this host; return its last line of output."""
         done = subprocess.run(
-            [*self.inside, sys.executable, "-m", "migrate", *words, "--daemon", self.address, "--json"],
+            [*self.inside, sys.executable, "-m", "migrate", *words, "--daemon", self.address],
             check=False,
             capture_output=True,
             text=True,
             timeout=50,
         )
         assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout.splitlines()[-1])
+        return (done.stdout.splitlines() or [""])[-1]
+
+    def json(self, *words):
+        return json.loads(self.migrate(*words, "--json"))
 
     def close(self):
         self.process.send_signal(signal.SIGTERM)
@@ -67,12 +70,12 @@ def test_guest_moves_between_two_namespaces(namespaces):
     source, destination = (Host(name, f"10.99.0.{number}") for number, name in enumerate(namespaces, 1))
     try:
         source.migrate("guest", "create", "g", "--memory", "64MiB", "--vcpus", "2")
-        wait_until(lambda: source.migrate("guest", "show", "g")["state"] == "running", 20, "the guest to populate")
-        moved = source.migrate("start", "g", "--to", destination.address)
+        wait_until(lambda: source.json("guest", "show", "g")["state"] == "running", 20, "the guest to populate")
+        moved = source.json("start", "g", "--to", destination.address)
         assert moved["state"] == "completed"
         assert moved["pages"]["urgent"] > 0
         assert moved["guest_errors"] == 0
-        statistics = destination.migrate("guest", "stats", "g", "--audit")
+        statistics = destination.json("guest", "stats", "g", "--audit")
         assert statistics["errors"] == 0
         assert statistics["touches"] > moved["guest_touches"]
     finally:

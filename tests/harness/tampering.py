@@ -8,8 +8,6 @@ from migrate.v1 import page_service_pb2_grpc as page_rpc
 from migrate.v1 import transfer_service_pb2_grpc as transfer_rpc
 from tests.harness.daemons import channel_to
 
-# ruff: noqa: N802
-
 
 class TamperingPeer(transfer_rpc.TransferServiceServicer, page_rpc.PageServiceServicer):
     """Stands before a destination daemon; the source is told its address.
@@ -44,7 +42,9 @@ class TamperingPeer(transfer_rpc.TransferServiceServicer, page_rpc.PageServiceSe
         try:
             return method(request, timeout=60)
         except grpc.RpcError as error:
-            context.set_trailing_metadata([(k, v) for k, v in error.trailing_metadata() or () if k.startswith("migrate-")])
+            context.set_trailing_metadata(
+                [(k, v) for k, v in error.trailing_metadata() or () if k.startswith("migrate-")]
+            )
             context.abort(error.code(), error.details())
 
     def Prepare(self, request, context):

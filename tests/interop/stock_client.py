@@ -14,7 +14,7 @@ from pathlib import Path
 import grpc
 from grpc_tools import protoc
 
-# ruff: noqa: N802, N803, T201
+# ruff: noqa: T201
 
 
 def generate(proto_dir, out_dir):
@@ -59,9 +59,17 @@ def main():
     sys.path.insert(0, out_dir)
     from migrate.v1 import (  # noqa: PLC0415
         page_service_pb2 as pb,
+    )
+    from migrate.v1 import (
         page_service_pb2_grpc as page_rpc,
+    )
+    from migrate.v1 import (
         transfer_service_pb2 as transfer,
+    )
+    from migrate.v1 import (
         transfer_service_pb2_grpc as transfer_rpc,
+    )
+    from migrate.v1 import (
         types_pb2 as types,
     )
 
@@ -116,8 +124,7 @@ def main():
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     print(json.dumps({"port": port}), flush=True)
-    sys.stdin.readline()
-    server.stop(0).wait()
+    server.wait_for_termination()
 
 
 if __name__ == "__main__":
