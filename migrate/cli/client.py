@@ -90,12 +90,21 @@ def connect(address: str) -> Iterator[Daemon]:
         # Despite its name, this is also how long gRPC gives an attempt to connect.
         ("grpc.min_reconnect_backoff_ms", int(CONNECT_DEADLINE_S * 1000)),
     )
-    with grpc.insecure_channel(address, options=options) as channel:
+    channel = grpc.insecure_channel(address, options=options)
+    try:
         yield Daemon(
             address=address,
             guests=guest_service_pb2_grpc.GuestServiceStub(channel),
             migrations=migration_service_pb2_grpc.MigrationServiceStub(channel),
         )
+    except (KeyboardInterrupt, SystemExit):
+        # A signal may have left a call half made, and close() would wait for it for ever: the process ends without.
+        raise
+    except BaseException:
+        channel.close()
+        raise
+    else:
+        channel.close()
 
 
 def translate(exc: grpc.RpcError, address: str) -> MigrateError:

@@ -99,9 +99,10 @@ class Daemon:
         control_stopped = self._control.stop(_GRACE_S)
         self._migrations.close()
         pages_stopped = self._pages.stop(_GRACE_S)
+        # A call that waits for its guest ends with the guest, so the guests go first.
+        self._guests.close()
         control_stopped.wait()
         pages_stopped.wait()
-        self._guests.close()
         self._remove_state()
 
     def _build_control_server(self) -> grpc.Server:

@@ -1,6 +1,6 @@
 """A process whose memory is armed, and which touches pages when told: the smallest guest there is.
 
-Run as a script it is the child: it takes one socket on descriptor 3 and answers {"touch": page} with the page's SHA-256.
+Run as a script it is the child: it takes one socket and answers {"touch": page} with the page's SHA-256.
 Touching waits in libc with the GIL dropped, so several touches can wait at once.
 """
 
@@ -55,7 +55,7 @@ def sha256(data):
 
 
 def main():
-    from migrate.native import uffd  # noqa: PLC0415
+    from migrate.native import uffd
 
     channel = socket.socket(fileno=int(sys.argv[1]))
     pages = int(sys.argv[2])

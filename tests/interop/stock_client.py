@@ -1,8 +1,8 @@
 """A destination that knows nothing but proto/: stubs generated here, no module of this project imported.
 
 Run as a script: stock_client.py PROTO_DIR OUT_DIR; speaks lines on stdin and stdout.
-It serves TransferService; when Switchover comes, and so the guest is paused, it fetches every page of the guest, some of
-them one by one and in odd order, writes them to OUT_DIR/memory, and refuses the switchover.
+It serves TransferService; when Switchover comes, and so the guest is paused, it fetches every page of the guest, some
+of them one by one and in odd order, writes them to OUT_DIR/memory, and refuses the switchover.
 """
 
 import json
@@ -20,8 +20,10 @@ from grpc_tools import protoc
 def generate(proto_dir, out_dir):
     protos = [str(path) for path in sorted(Path(proto_dir).glob("migrate/v1/*.proto"))]
     status = protoc.main(
-        ["protoc", f"-I{proto_dir}", f"-I{files('grpc_tools') / '_proto'}"]
-        + [f"--python_out={out_dir}", f"--grpc_python_out={out_dir}", *protos]
+        [
+            *("protoc", f"-I{proto_dir}", f"-I{files('grpc_tools') / '_proto'}"),
+            *(f"--python_out={out_dir}", f"--grpc_python_out={out_dir}", *protos),
+        ]
     )
     assert status == 0
 
@@ -57,7 +59,7 @@ def main():
     proto_dir, out_dir = sys.argv[1:3]
     generate(proto_dir, out_dir)
     sys.path.insert(0, out_dir)
-    from migrate.v1 import (  # noqa: PLC0415
+    from migrate.v1 import (
         page_service_pb2 as pb,
     )
     from migrate.v1 import (
