@@ -1,6 +1,6 @@
 """`python -m migrate` is the `migrate` command."""
 
-from migrate.cli.main import main
+from migrate.cli.main import run
 
 if __name__ == "__main__":
-    main(prog_name="migrate")
+    run()

@@ -1,6 +1,5 @@
 """`migrate demo`: two daemons and a guest on this machine, one migration, a report."""
 
-import os
 import signal
 import sys
 import tempfile
@@ -9,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, Never, NoReturn, Unpack
+from typing import Any, Never, Unpack
 
 import click
 
@@ -64,9 +63,7 @@ def demo(name: str, as_json: bool, **options: Unpack[_DemoOptions]) -> None:
             migration = _run(name, options)
     except KeyboardInterrupt:
         click.echo("migrate: interrupted; everything was removed", err=True)
-        _leave_at_once(EXIT_INTERRUPTED)
-    except SystemExit as exc:
-        _leave_at_once(int(exc.code or 0))
+        sys.exit(EXIT_INTERRUPTED)
     if as_json:
         print_json(migration_json(migration))
     else:
@@ -76,13 +73,6 @@ def demo(name: str, as_json: bool, **options: Unpack[_DemoOptions]) -> None:
         click.echo(f"migrate: {flaw}", err=True)
     if _flaws(migration):
         sys.exit(EXIT_FAILED)
-
-
-def _leave_at_once(status: int) -> NoReturn:
-    """End without the interpreter's clean-up, which would wait for ever for a call that the signal left half made."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
 
 
 def _choose_kind(wanted: str, host: HostCapabilities) -> tuple[str, str]:

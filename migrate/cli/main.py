@@ -1,15 +1,16 @@
 """The entry point: collects the commands and turns errors into words and exit codes."""
 
+import os
 import sys
 from typing import Any
 
 import click
 
 from migrate.cli.daemon import daemon
-from migrate.cli.demo import demo
+from migrate.cli.demo import EXIT_TERMINATED, demo
 from migrate.cli.doctor import doctor
 from migrate.cli.guest import guest
-from migrate.cli.migration import list_migrations, start, status
+from migrate.cli.migration import EXIT_INTERRUPTED, list_migrations, start, status
 from migrate.cli.render import EXIT_FAILED, EXIT_PAUSED
 from migrate.errors import MigrateError, PostcopyPausedError
 
@@ -41,3 +42,16 @@ main.add_command(guest)
 main.add_command(list_migrations)
 main.add_command(start)
 main.add_command(status)
+
+
+def run() -> None:
+    """Run the command as a process of its own."""
+    try:
+        main(prog_name="migrate")
+    except SystemExit as exit_request:
+        if exit_request.code not in (EXIT_INTERRUPTED, EXIT_TERMINATED):
+            raise
+        # A signal may have left a gRPC call half made, and the interpreter's clean-up would wait for it for ever.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_request.code)

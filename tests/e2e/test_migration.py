@@ -44,10 +44,11 @@ def test_kvm_guest_moves_while_it_runs(source, destination, workload, vcpus):
     source.wait_populated(name)
     moved = source.migrate(destination, name)
     check_moved(source, destination, name, moved)
-    if workload != "idle":
+    if workload in ("uniform", "zipf"):
         assert moved.pages.urgent > 0
-        assert moved.fault_latency_us.count >= moved.pages.urgent
         assert moved.guest_stall_us.count > 0
+    # A sequential guest may run right behind the background, and wait for nothing but runs in flight.
+    assert moved.fault_latency_us.count >= moved.pages.urgent
     delete(destination, name)
 
 

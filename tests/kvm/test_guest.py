@@ -228,8 +228,7 @@ def test_vcpu_that_waits_for_a_page_is_paused_or_said_to_run_on(start):
             assert state_of(twin) == types.GUEST_STATE_PAUSED
             assert twin.statistics().touches == touches
             twin.resume()
-        except GuestBusyError as error:
-            assert "wait for a page" in error.message
+        except GuestBusyError:
             assert state_of(twin) == types.GUEST_STATE_RUNNING
         ram = read_ram(client)
         for page in range(MEMORY_BYTES // PAGE):
