@@ -24,7 +24,7 @@ _WORKLOADS = {
     "idle": types_pb2.WORKLOAD_DISTRIBUTION_IDLE,
 }
 _MODES = {"postcopy": types_pb2.MIGRATION_MODE_POSTCOPY}
-_TRANSPORTS = {"grpcio": types_pb2.PAGE_TRANSPORT_GRPCIO}
+_TRANSPORTS = {"native": types_pb2.PAGE_TRANSPORT_NATIVE_GRPC, "grpcio": types_pb2.PAGE_TRANSPORT_GRPCIO}
 _ORDERS = ("precopy",)
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -159,7 +159,7 @@ def migration_options() -> Callable[[_Command], _Command]:
         click.option(
             "--transport",
             type=_choice(_TRANSPORTS),
-            default="grpcio",
+            default="native",
             show_default=True,
             help="What carries the pages.",
         ),

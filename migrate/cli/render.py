@@ -55,7 +55,7 @@ def migration_json(migration: types_pb2.Migration) -> dict[str, Any]:
         "mode": _word(types_pb2.MigrationMode, migration.mode, "MIGRATION_MODE_"),
         "state": state_word(migration.state),
         "order": migration.order,
-        "transport": _word(types_pb2.PageTransport, migration.transport, "PAGE_TRANSPORT_"),
+        "transport": _word(types_pb2.PageTransport, migration.transport, "PAGE_TRANSPORT_").replace("_", "-"),
         "memory_bytes": migration.memory_bytes,
         "page_size_bytes": migration.page_size_bytes,
         "vcpus": migration.vcpus,

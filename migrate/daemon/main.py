@@ -21,7 +21,8 @@ from migrate.daemon.migrations import MigrationRegistry
 from migrate.daemon.services import GuestServicer, MigrationServicer, TransferServicer
 from migrate.daemon.status import ErrorInterceptor
 from migrate.errors import ConfigError
-from migrate.pageserver.exports import Exports
+from migrate.native.exports import Exports
+from migrate.native.pageserver import PageServer
 from migrate.pageserver.servicer import PageServicer
 from migrate.telemetry.clock import Clock
 from migrate.v1 import (
@@ -34,9 +35,9 @@ from migrate.v1 import (
     transfer_service_pb2,
     transfer_service_pb2_grpc,
 )
+from migrate.v1 import types_pb2 as types
 
 _CONTROL_THREADS = 64
-_PAGE_THREADS = 64
 _GRACE_S = 1.0
 # A control call waits for the GIL behind at most a few threads that place pages; 1 ms turns keep it within its 50 ms.
 _SWITCH_INTERVAL_S = 0.001
@@ -70,24 +71,21 @@ class Daemon:
         self._migrations = MigrationRegistry(self._guests, self._exports, Clock())
         self._health = health.HealthServicer()
         self._control = self._build_control_server()
-        self._pages = grpc.server(
-            futures.ThreadPoolExecutor(_PAGE_THREADS, "pages"),
-            interceptors=[ErrorInterceptor()],
-            options=_SERVER_OPTIONS,
-        )
-        page_service_pb2_grpc.add_PageServiceServicer_to_server(PageServicer(self._exports), self._pages)
         try:
             self.control_endpoint = _bind(self._control, listen)
-            self.page_endpoint = _bind(self._pages, page_listen)
+            self._pages = PageServer(page_listen, self._exports)
         except ConfigError:
             self._remove_state()
             raise
+        self.page_endpoint = self._pages.endpoint
         self._migrations.control_endpoint = self.control_endpoint
-        self._migrations.page_endpoint = self.page_endpoint
+        self._migrations.page_endpoints = {
+            types.PAGE_TRANSPORT_NATIVE_GRPC: self.page_endpoint,
+            types.PAGE_TRANSPORT_GRPCIO: self.control_endpoint,
+        }
 
     def start(self) -> None:
         """Serve."""
-        self._pages.start()
         self._control.start()
         for service in ("", *_SERVICE_NAMES):
             self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
@@ -98,11 +96,10 @@ class Daemon:
         self._health.enter_graceful_shutdown()
         control_stopped = self._control.stop(_GRACE_S)
         self._migrations.close()
-        pages_stopped = self._pages.stop(_GRACE_S)
+        self._pages.close()
         # A call that waits for its guest ends with the guest, so the guests go first.
         self._guests.close()
         control_stopped.wait()
-        pages_stopped.wait()
         self._remove_state()
 
     def _build_control_server(self) -> grpc.Server:
@@ -116,6 +113,7 @@ class Daemon:
             MigrationServicer(self._migrations, self.stopping), server
         )
         transfer_service_pb2_grpc.add_TransferServiceServicer_to_server(TransferServicer(self._migrations), server)
+        page_service_pb2_grpc.add_PageServiceServicer_to_server(PageServicer(self._exports), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection((*_SERVICE_NAMES, reflection.SERVICE_NAME), server)
         return server

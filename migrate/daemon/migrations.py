@@ -9,10 +9,10 @@ from migrate.config import Endpoint
 from migrate.daemon.guests import GuestRegistry, HostedGuest
 from migrate.daemon.peer import GrpcPeer
 from migrate.errors import AlreadyExistsError, ConfigError, GuestHolder, NotFoundError
-from migrate.pageserver.exports import Exports
+from migrate.native.exports import Exports
 from migrate.session.destination import DestinationSession, Twin
 from migrate.session.record import MigrationRecord
-from migrate.session.rules import HostFacts, check_prepare, check_terms
+from migrate.session.rules import HostFacts, check_prepare, check_terms, choose_transport
 from migrate.session.source import SourceSession
 from migrate.telemetry.clock import Clock
 from migrate.telemetry.host import available_bytes
@@ -44,7 +44,7 @@ class MigrationRegistry:
         self._fenced: set[str] = set()
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
-        self.page_endpoint = Endpoint("", 0)
+        self.page_endpoints: dict[int, Endpoint] = {}
         self.control_endpoint = Endpoint("", 0)
 
     # ---- as a source ----
@@ -57,7 +57,7 @@ class MigrationRegistry:
             NotFoundError: there is no such guest.
             GuestBusyError: it is being moved already.
         """
-        check_terms(request.mode, request.order, request.transport)
+        check_terms(request.mode, request.order)
         to = Endpoint.parse(request.to)
         migration_id = uuid.uuid4().hex[:12]
         guest = self._guests.claim(request.guest, migration_id)
@@ -67,7 +67,7 @@ class MigrationRegistry:
             guest.client,
             GrpcPeer(to, "destination"),
             self._exports,
-            page_endpoint=self.page_endpoint,
+            page_endpoint=self.page_endpoints[choose_transport(request.transport)],
             control_endpoint=self.control_endpoint,
             clock=self._clock,
             on_guest_left=lambda: self._guests.remove(guest),
@@ -92,8 +92,12 @@ class MigrationRegistry:
 
     # ---- as a destination ----
 
-    def prepare(self, request: transfer.PrepareRequest, peer_host: str) -> None:
-        """Build the twin of a guest that wants to come. `peer_host` is where the call came from.
+    def prepare(self, request: transfer.PrepareRequest, peer_host: str) -> "types.PageTransport.ValueType":
+        """Build the twin of a guest that wants to come; return the transport that will fetch its pages.
+
+        Args:
+            request: What the source says of it.
+            peer_host: Where the call came from.
 
         Raises:
             MigrateError: why it cannot come; nothing was changed.
@@ -121,6 +125,7 @@ class MigrationRegistry:
             self._records[request.migration_id] = session.record
         session.prepare()
         self._spawn(f"destination-{request.migration_id}", session.run)
+        return session.transport
 
     def switch_over(self, request: transfer.SwitchoverRequest) -> transfer.SwitchoverResponse:
         """Run a prepared guest.

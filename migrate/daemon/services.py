@@ -16,7 +16,6 @@ from migrate.v1 import migration_service_pb2 as migration
 from migrate.v1 import migration_service_pb2_grpc as migration_rpc
 from migrate.v1 import transfer_service_pb2 as transfer
 from migrate.v1 import transfer_service_pb2_grpc as transfer_rpc
-from migrate.v1 import types_pb2 as types
 
 # Names, arguments and meanings of the methods are the proto's.
 # ruff: noqa: N802, D102, ARG002
@@ -121,8 +120,8 @@ class TransferServicer(transfer_rpc.TransferServiceServicer):
         self._migrations = migrations
 
     def Prepare(self, request: transfer.PrepareRequest, context: grpc.ServicerContext) -> transfer.PrepareResponse:
-        self._migrations.prepare(request, _peer_host(context.peer()))
-        return transfer.PrepareResponse(protocol_version=PROTOCOL_VERSION, transport=types.PAGE_TRANSPORT_GRPCIO)
+        transport = self._migrations.prepare(request, _peer_host(context.peer()))
+        return transfer.PrepareResponse(protocol_version=PROTOCOL_VERSION, transport=transport)
 
     def Switchover(
         self, request: transfer.SwitchoverRequest, context: grpc.ServicerContext

@@ -10,12 +10,13 @@ WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter", "-Wno-missin
 
 ffibuilder = FFI()
 ffibuilder.cdef((HERE / "cdef.h").read_text())
-ffibuilder.set_source(
+ffibuilder.set_source_pkgconfig(
     "migrate.native._native",
+    ["libnghttp2"],
     "".join(
         f'#include "{header.name}"\n'
         for header in sorted(HERE.glob("*.h"))
-        if header.name not in ("cdef.h", "machine_internal.h")
+        if header.name != "cdef.h" and not header.stem.endswith("_internal")
     ),
     sources=[
         os.path.relpath(source, HERE.parent.parent) for source in sorted(HERE.glob("*.c")) if source.stem != "_native"

@@ -1,6 +1,6 @@
 /* All that Python may see of the C core. Declarations repeat the headers; cffi checks them when it compiles. */
 
-/* ---- paging: uffd.h, bitmap.h, pager.h, pageserver.h, digest.h ---- */
+/* ---- paging: uffd.h, bitmap.h, pager.h, page_source.h, digest.h ---- */
 enum { MIG_PAGE_SHIFT, MIG_PAGE_SIZE_BYTES, ... };
 
 uint64_t mig_digest_page(const void *page);
@@ -42,6 +42,8 @@ struct mig_pager_counters {
 struct mig_fault_record {
     uint64_t page;
     uint64_t event_ns;
+    uint64_t sent_ns;
+    uint64_t replied_ns;
     uint64_t placed_ns;
     uint32_t thread_id;
     uint32_t kind;
@@ -50,13 +52,15 @@ struct mig_pager;
 int mig_pager_create(int uffd, uint64_t region_hva, uint64_t pages, struct mig_pager **ret);
 void mig_pager_destroy(struct mig_pager *pager);
 void mig_pager_stop(struct mig_pager *pager);
+int mig_pager_start_fault_thread(struct mig_pager *pager);
 int mig_pager_claim_urgent(struct mig_pager *pager, uint64_t *pages, uint32_t max_pages, uint64_t timeout_us);
+int mig_pager_give_back(struct mig_pager *pager, uint64_t first_page, uint64_t count_pages);
 uint32_t mig_pager_claim_run(struct mig_pager *pager, uint32_t max_pages, uint64_t *ret_first_page);
 int mig_pager_place_data(struct mig_pager *pager, uint64_t first_page, uint64_t count_pages, const void *data,
                          enum mig_page_kind kind, bool verify, uint64_t digest);
 int mig_pager_place_zero(struct mig_pager *pager, uint64_t first_page, uint64_t count_pages);
 int mig_pager_wait_done(struct mig_pager *pager, uint64_t timeout_us);
-void mig_pager_read_counters(struct mig_pager *pager, struct mig_pager_counters *ret);
+const struct mig_pager_counters *mig_pager_counters(const struct mig_pager *pager);
 uint32_t mig_pager_drain_records(struct mig_pager *pager, struct mig_fault_record *records, uint32_t max_records);
 
 struct mig_bitmap {
@@ -69,6 +73,148 @@ uint64_t mig_bitmap_set_range(struct mig_bitmap *bitmap, uint64_t first, uint64_
 uint64_t mig_bitmap_clear_range(struct mig_bitmap *bitmap, uint64_t first, uint64_t count);
 uint64_t mig_bitmap_next_set(const struct mig_bitmap *bitmap, uint64_t from);
 uint64_t mig_bitmap_next_clear(const struct mig_bitmap *bitmap, uint64_t from);
+
+/* ---- the page call: wire.h, reply_order.h, pacing.h, exports.h, pageserver.h, fetch.h ---- */
+struct mig_fetch_request {
+    uint64_t request_id;
+    uint32_t region;
+    uint64_t first_page;
+    uint32_t page_count;
+};
+enum mig_content { MIG_CONTENT_NONE, MIG_CONTENT_DATA, MIG_CONTENT_ZERO };
+struct mig_fetch_response {
+    uint64_t request_id;
+    uint32_t region;
+    uint64_t first_page;
+    uint32_t page_count;
+    uint64_t generation;
+    uint64_t digest;
+    enum mig_content content;
+    const uint8_t *data;
+    uint64_t data_bytes;
+};
+enum { MIG_PREFIX_BYTES, MIG_WIRE_HEADER_BYTES_MAX, ... };
+size_t mig_wire_encode_request(const struct mig_fetch_request *request, uint8_t *header);
+size_t mig_wire_encode_response(const struct mig_fetch_response *response, uint8_t *header);
+int mig_wire_decode_request(const uint8_t *message, size_t message_bytes, struct mig_fetch_request *ret);
+int mig_wire_decode_response(const uint8_t *message, size_t message_bytes, struct mig_fetch_response *ret);
+
+struct mig_asked {
+    uint64_t request_id;
+    uint64_t next_page;
+    uint64_t end_page;
+    uint64_t asked_ns;
+    uint64_t count_pages;
+};
+struct mig_reply_order {
+    struct mig_asked *asked;
+    uint64_t head, count, capacity;
+    uint64_t open_pages;
+    uint64_t last_request_id;
+    char flaw[160];
+};
+void mig_reply_order_deinit(struct mig_reply_order *order);
+uint64_t mig_reply_order_ask(struct mig_reply_order *order, uint64_t first_page, uint64_t count_pages,
+                             uint64_t now_ns);
+int mig_reply_order_answer(struct mig_reply_order *order, uint64_t request_id, uint64_t first_page,
+                           uint64_t count_pages, bool is_zero, struct mig_asked *ret_done);
+
+struct mig_window {
+    uint64_t bytes;
+    uint32_t run_pages;
+    uint64_t base_rtt_ns;
+    uint64_t queue_ns;
+    uint64_t foreign_ns;
+    uint64_t rate_bytes_per_s;
+    ...;
+};
+void mig_window_init(struct mig_window *window, uint64_t now_ns, uint64_t base_rtt_ns);
+void mig_window_on_delivery(struct mig_window *window, uint64_t bytes);
+struct mig_rtts {
+    uint64_t count;
+    uint64_t smallest_ns;
+};
+bool mig_window_is_due(const struct mig_window *window, uint64_t now_ns, uint64_t rtt_count);
+void mig_window_tick(struct mig_window *window, uint64_t now_ns, struct mig_rtts rtts);
+struct mig_cap {
+    uint64_t bytes_per_s;
+    uint64_t free_at_us;
+};
+uint64_t mig_cap_delay_us(struct mig_cap *cap, uint64_t now_us, uint64_t count_bytes);
+
+struct mig_exports;
+struct mig_export;
+int mig_exports_create(struct mig_exports **ret);
+void mig_exports_destroy(struct mig_exports *exports);
+int mig_exports_publish(struct mig_exports *exports, const char *migration_id, const char *token,
+                        struct mig_page_source *source);
+void mig_exports_withdraw(struct mig_exports *exports, const char *migration_id);
+int mig_exports_find(struct mig_exports *exports, const char *migration_id, const char *authorization,
+                     struct mig_export **ret);
+void mig_export_put(struct mig_export *export);
+struct mig_page_source *mig_export_enter(struct mig_export *export);
+void mig_export_leave(struct mig_export *export);
+
+enum { MIG_REQUEST_PAGES_MAX, MIG_EVENT_TEXT_BYTES, ... };
+struct mig_page_server;
+struct mig_page_server_counters {
+    uint64_t connections_now;
+    uint64_t connections;
+    uint64_t connections_failed;
+    uint64_t calls;
+    uint64_t calls_failed;
+    uint64_t requests;
+    uint64_t data_pages;
+};
+int mig_page_server_create(int listen_fd, struct mig_exports *exports, struct mig_page_server **ret);
+void mig_page_server_destroy(struct mig_page_server *server);
+const struct mig_page_server_counters *mig_page_server_counters(const struct mig_page_server *server);
+int mig_page_server_next_event(struct mig_page_server *server, char *text);
+void mig_page_server_quiet(struct mig_page_server *server);
+
+struct mig_fetch;
+struct mig_fetch_terms {
+    const char *host;
+    uint16_t port;
+    const char *migration_id;
+    const char *token;
+    bool verify;
+    uint64_t max_bandwidth_bytes_per_s;
+};
+enum mig_fetch_reason {
+    MIG_FETCH_FINE,
+    MIG_FETCH_LINK,
+    MIG_FETCH_STATUS,
+    MIG_FETCH_PROTOCOL,
+    MIG_FETCH_INTEGRITY,
+    MIG_FETCH_GUEST,
+    MIG_FETCH_LOCAL,
+};
+struct mig_fetch_failure {
+    int reason;
+    int error;
+    char text[320];
+};
+struct mig_fetch_counters {
+    uint64_t urgent_wire_bytes;
+    uint64_t background_wire_bytes;
+    uint64_t urgent_requests;
+    uint64_t background_requests;
+    uint64_t reconnects;
+    uint64_t window_bytes;
+    uint64_t run_pages;
+    uint64_t rate_bytes_per_s;
+    uint64_t base_rtt_ns;
+    uint64_t queue_ns;
+};
+int mig_fetch_create(const struct mig_fetch_terms *terms, struct mig_fetch **ret);
+void mig_fetch_destroy(struct mig_fetch *fetch);
+int mig_fetch_connect(struct mig_fetch *fetch, uint64_t timeout_us);
+int mig_fetch_start(struct mig_fetch *fetch, struct mig_pager *pager);
+int mig_fetch_wait(struct mig_fetch *fetch, uint64_t timeout_us);
+void mig_fetch_stop(struct mig_fetch *fetch);
+void mig_fetch_read_failure(struct mig_fetch *fetch, struct mig_fetch_failure *ret);
+const struct mig_fetch_counters *mig_fetch_counters(const struct mig_fetch *fetch);
 
 /* ---- machines: mailbox.h, payload.h, machine.h ---- */
 enum { MIG_STALL_BUCKETS = 1024, MIG_STALL_OCTAVE_MIN = 10, MIG_STALL_SUB_BUCKETS = 32, MIG_VCPUS_MAX = 8 };

@@ -38,21 +38,21 @@ struct mig_pager_counters {
     uint64_t memory_digest;   /* sum of mig_digest_memory_term over the verified pages */
 };
 
-/* One fault, from the kernel's event to its page. CLOCK_MONOTONIC, nanoseconds. */
+/* One fault, stage by stage, from the kernel's event to its page. CLOCK_MONOTONIC, nanoseconds. */
 struct mig_fault_record {
     uint64_t page;
-    uint64_t event_ns;
+    uint64_t event_ns;   /* read from the userfaultfd */
+    uint64_t sent_ns;    /* its request was written to the socket; 0 if somebody else had asked, or nobody had to */
+    uint64_t replied_ns; /* the reply was complete; 0 if none was needed */
     uint64_t placed_ns;
     uint32_t thread_id;
     uint32_t kind; /* enum mig_page_kind: what brought the page */
 };
+_Static_assert(sizeof(struct mig_fault_record) == 48, "Python reads records as six words");
 
 struct mig_pager;
 
-/**
- * A pager for one armed region, all pages missing. Takes over `uffd`; starts the fault thread.
- * Returns 0 or -errno.
- */
+/** A pager for one armed region, all pages missing. Takes over `uffd`. Returns 0 or -errno. */
 int mig_pager_create(int uffd, uint64_t region_hva, uint64_t pages, struct mig_pager **ret);
 
 /** Ends the fault thread, closes the userfaultfd, frees. No other call may be under way. */
@@ -61,12 +61,32 @@ void mig_pager_destroy(struct mig_pager *pager);
 /** Make every waiting call return -ECANCELED from now on, and end the fault thread. Idempotent. */
 void mig_pager_stop(struct mig_pager *pager);
 
+/* ---- faults: either a thread of the pager's reads them, or whoever polls its userfaultfd ---- */
+
+/** Start a thread that reads faults. Returns 0 or -errno. */
+int mig_pager_start_fault_thread(struct mig_pager *pager);
+
+/** The userfaultfd, non-blocking. */
+int mig_pager_uffd(const struct mig_pager *pager);
+
+/** Read all faults that wait: claim missing pages, place known zeros. Returns 0 or -errno. For one thread alone. */
+int mig_pager_read_faults(struct mig_pager *pager);
+
 /**
  * Wait for faults on pages that nobody has asked for; the caller asks for them.
  * Returns how many pages were written to `pages`, 0 after the timeout, -ECANCELED once stopped or done, or the error
  * that ended the fault thread.
  */
 int mig_pager_claim_urgent(struct mig_pager *pager, uint64_t *pages, uint32_t max_pages, uint64_t timeout_us);
+
+/** The same without waiting: returns how many pages were written. */
+uint32_t mig_pager_take_urgent(struct mig_pager *pager, uint64_t *pages, uint32_t max_pages);
+
+/** The requests for all urgent pages taken so far are on the wire: note the time in the records of their faults. */
+void mig_pager_note_sent(struct mig_pager *pager, uint64_t sent_ns);
+
+/** A request will not be answered: those of its pages that are missing must be asked for again, by whoever comes. */
+int mig_pager_give_back(struct mig_pager *pager, uint64_t first_page, uint64_t count_pages);
 
 /**
  * Claim the next run of missing pages that nobody has asked for, ascending from where the last one ended.
@@ -87,7 +107,8 @@ int mig_pager_place_zero(struct mig_pager *pager, uint64_t first_page, uint64_t 
 /** Wait until no page is missing. Returns 1 when so, 0 after the timeout, -ECANCELED, or the fault thread's error. */
 int mig_pager_wait_done(struct mig_pager *pager, uint64_t timeout_us);
 
-void mig_pager_read_counters(struct mig_pager *pager, struct mig_pager_counters *ret);
+/** Read at any time, without a lock: each field is right by itself, and all together once no page is missing. */
+const struct mig_pager_counters *mig_pager_counters(const struct mig_pager *pager);
 
 /** Move out up to max_records fault records, oldest first. Returns how many. */
 uint32_t mig_pager_drain_records(struct mig_pager *pager, struct mig_fault_record *records, uint32_t max_records);

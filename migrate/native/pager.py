@@ -39,10 +39,22 @@ class PagerCounters:
 
 @dataclass(frozen=True, slots=True)
 class FaultRecord:
-    """One fault: kernel event read to page placed, CLOCK_MONOTONIC nanoseconds."""
+    """One fault, stage by stage, in CLOCK_MONOTONIC nanoseconds.
+
+    Attributes:
+        page: The missing page.
+        event_ns: The kernel's event was read.
+        sent_ns: The request was written to the socket; 0 if the page had been asked for before, or needed no request.
+        replied_ns: The reply was complete; 0 if none was needed.
+        placed_ns: The page was there.
+        thread_id: Who faulted.
+        kind: What brought the page.
+    """
 
     page: int
     event_ns: int
+    sent_ns: int
+    replied_ns: int
     placed_ns: int
     thread_id: int
     kind: PageKind
@@ -60,9 +72,18 @@ class Pager:
 
     def __init__(self, uffd: int, region_hva: int, pages: int) -> None:
         ret = ffi.new("struct mig_pager **")
-        _check("start the fault thread", lib.mig_pager_create(uffd, region_hva, pages, ret))
+        _check("make a pager", lib.mig_pager_create(uffd, region_hva, pages, ret))
         self._pager = ret[0]
         self.pages = pages
+
+    @property
+    def handle(self) -> Any:
+        """The C object, for other facades."""
+        return self._pager
+
+    def start_fault_thread(self) -> None:
+        """Read faults in a thread of the pager's own; the native fetch reads them itself."""
+        _check("start the fault thread", lib.mig_pager_start_fault_thread(self._pager))
 
     def claim_urgent(self, timeout_us: int) -> list[int]:
         """Wait for faults on pages that nobody asked for; the caller must ask for them. Empty after the timeout.
@@ -117,10 +138,9 @@ class Pager:
         return bool(_check("read page faults", lib.mig_pager_wait_done(self._pager, timeout_us)))
 
     def counters(self) -> PagerCounters:
-        """Read all counters at one moment."""
-        ret = ffi.new("struct mig_pager_counters *")
-        lib.mig_pager_read_counters(self._pager, ret)
-        return PagerCounters(**{name: getattr(ret, name) for name in PagerCounters.__slots__})
+        """Read all counters, each right by itself; all together once no page is missing."""
+        shared = lib.mig_pager_counters(self._pager)
+        return PagerCounters(**{name: getattr(shared, name) for name in PagerCounters.__slots__})
 
     def drain_records(self) -> list[FaultRecord]:
         """Take out the fault records gathered since the last call, oldest first."""
@@ -128,7 +148,7 @@ class Pager:
         drained: list[FaultRecord] = []
         while count := lib.mig_pager_drain_records(self._pager, records, _DRAIN_MAX):
             drained.extend(
-                FaultRecord(r.page, r.event_ns, r.placed_ns, r.thread_id, PageKind(r.kind))
+                FaultRecord(r.page, r.event_ns, r.sent_ns, r.replied_ns, r.placed_ns, r.thread_id, PageKind(r.kind))
                 for r in (records[index] for index in range(count))
             )
         return drained

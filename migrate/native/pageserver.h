@@ -1,42 +1,46 @@
-/* The source's side of the page call: read pages of a memfd, and tell data from holes and zeros. */
+/*
+ * PageService in C: serves FetchPages to any gRPC client, a thread for each connection.
+ *
+ * The path, the messages and the statuses are those of proto/migrate/v1/page_service.proto; docs/protocol.md has the
+ * rules. A connection that asks for runs rather than single pages lowers its own priority, so that faults go first.
+ */
 #ifndef MIG_PAGESERVER_H
 #define MIG_PAGESERVER_H
 
 #include <stdbool.h>
 #include <stdint.h>
 
-/* A run of pages that are all data or all zero. */
-struct mig_run {
-    uint64_t first_page;
-    uint64_t count_pages;
-    uint64_t digest; /* of a data run, if digests were taken; else 0 */
-    bool is_zero;
+#include "exports.h"
+
+enum { MIG_REQUEST_PAGES_MAX = 256, MIG_EVENT_TEXT_BYTES = 320 };
+
+struct mig_page_server;
+
+/* Read at any time, without a lock; each field is right by itself. */
+struct mig_page_server_counters {
+    uint64_t connections_now;
+    uint64_t connections;
+    uint64_t connections_failed; /* ended by a peer that broke the protocol, went silent, or came one too many */
+    uint64_t calls;
+    uint64_t calls_failed;
+    uint64_t requests;
+    uint64_t data_pages;
 };
 
-/* Pages in a memfd. Reading is safe from several threads. */
-struct mig_page_source;
+/** Serve on a listening TCP socket, which it takes over. The exports stay the caller's. Returns 0 or -errno. */
+int mig_page_server_create(int listen_fd, struct mig_exports *exports, struct mig_page_server **ret);
 
-/** Serve `pages` pages of a memfd, which stays the caller's. Returns 0 or -errno. */
-int mig_page_source_create(int memfd, uint64_t pages, struct mig_page_source **ret);
-void mig_page_source_destroy(struct mig_page_source *source);
+/** End all connections and threads, free. */
+void mig_page_server_destroy(struct mig_page_server *server);
 
-/**
- * Take the digest of every page now, and serve these from then on: a page that changes later no longer matches.
- * The guest must stand still. Not safe beside mig_page_source_read.
- *
- * *ret_memory_digest is the sum of mig_digest_memory_term over the pages that are not zero. Returns 0 or -errno.
- */
-int mig_page_source_take_digests(struct mig_page_source *source, uint64_t *ret_memory_digest);
+const struct mig_page_server_counters *mig_page_server_counters(const struct mig_page_server *server);
 
 /**
- * Read a run of pages as data and zero runs, ascending, without gaps.
- *
- * Data lands in `buffer` (count_pages pages) at its page's place; holes are never read. The last run, if it is a hole,
- * goes on as far as the hole does, beyond the request. `runs` has room for count_pages runs.
- *
- * Returns the number of runs, or -errno; -EINVAL if the request does not lie within the source.
+ * Wait for something worth a line in a log: a connection that failed, a call that was refused.
+ * Returns 1 with the text, 0 once mig_page_server_quiet was called.
  */
-int mig_page_source_read(struct mig_page_source *source, uint64_t first_page, uint32_t count_pages, void *buffer,
-                         struct mig_run *runs);
+int mig_page_server_next_event(struct mig_page_server *server, char text[MIG_EVENT_TEXT_BYTES]);
+/** Have mig_page_server_next_event return 0 from now on. */
+void mig_page_server_quiet(struct mig_page_server *server);
 
 #endif

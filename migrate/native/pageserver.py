@@ -1,93 +1,91 @@
-"""The source's side of the page call: reads runs of pages out of a guest's memfd."""
+"""PageService in C: serves FetchPages to any gRPC client. No Python runs between a request and its pages."""
 
-from collections.abc import Iterator
+import logging
+import socket
+import threading
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
+from migrate.config import Endpoint
 from migrate.errors import ConfigError, NativeError
 from migrate.native._native import ffi, lib
-from migrate.units import pages_to_bytes
+from migrate.native.exports import Exports
+
+_BACKLOG = 64
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
-    """A run of pages that are all data, or (data is None) all zero."""
+class PageServerCounters:
+    """What a page server has seen so far."""
 
-    first_page: int
-    count_pages: int
-    data: bytes | None
-    digest: int
+    connections_now: int
+    connections: int
+    connections_failed: int
+    calls: int
+    calls_failed: int
+    requests: int
+    data_pages: int
 
 
-class PageSource:
-    """Pages of one memfd, which stays the caller's.
+class PageServer:
+    """Listens and serves, in threads of its own, until `close`. What peers did wrong goes to the log.
 
-    Reading is safe from several threads; `close` and `take_digests` are for one alone.
+    Args:
+        endpoint: Where to listen; port 0 takes a free one.
+        exports: What to serve.
+
+    Raises:
+        ConfigError: the address cannot be listened on.
     """
 
-    def __init__(self, memfd: int, pages: int) -> None:
-        ret = ffi.new("struct mig_page_source **")
-        rc = lib.mig_page_source_create(memfd, pages, ret)
+    def __init__(self, endpoint: Endpoint, exports: Exports) -> None:
+        listener = _listen(endpoint)
+        self.endpoint = Endpoint(endpoint.host, listener.getsockname()[1])
+        ret = ffi.new("struct mig_page_server **")
+        rc = lib.mig_page_server_create(listener.fileno(), exports.handle, ret)
         if rc < 0:
-            raise NativeError("map the guest's memfd", -rc)
-        self._source = ret[0]
-        self.pages = pages
+            listener.close()
+            raise NativeError("start the page server", -rc)
+        listener.detach()
+        self._exports = exports
+        self._server: Any = ret[0]
+        self._reporter = threading.Thread(target=self._report, name="page-server-events", daemon=True)
+        self._reporter.start()
 
-    def take_digests(self) -> int:
-        """Take the digest of every page now, serve these from then on, return their sum: the memory's digest.
-
-        Raises:
-            NativeError: the memfd could not be read.
-        """
-        ret = ffi.new("uint64_t *")
-        rc = lib.mig_page_source_take_digests(self._source, ret)
-        if rc < 0:
-            raise NativeError("read the guest's memory for its digests", -rc)
-        memory_digest: int = ret[0]
-        return memory_digest
-
-    def read(self, first_page: int, count_pages: int, buffer: "RunBuffer") -> Iterator[Run]:
-        """Read pages as data and zero runs, ascending, without gaps; the last may be a hole that goes on beyond.
-
-        Raises:
-            ConfigError: the request does not lie within the source, or is larger than the buffer.
-            NativeError: the memfd could not be read.
-        """
-        if not (0 < count_pages <= buffer.pages_max and 0 <= first_page <= self.pages - count_pages):
-            raise ConfigError(
-                f"pages {first_page} to {first_page + count_pages} are not a request of 1 to {buffer.pages_max} pages"
-                f" within the guest's {self.pages}"
-            )
-        found = lib.mig_page_source_read(self._source, first_page, count_pages, buffer.data, buffer.runs)
-        if found < 0:
-            raise NativeError("read the guest's memory", -found)
-        for index in range(found):
-            run = buffer.runs[index]
-            data = None
-            if not run.is_zero:
-                start = buffer.data + pages_to_bytes(run.first_page - first_page)
-                data = bytes(ffi.buffer(start, pages_to_bytes(run.count_pages)))
-            yield Run(run.first_page, run.count_pages, data, run.digest)
+    def counters(self) -> PageServerCounters:
+        """Read all counters."""
+        shared = lib.mig_page_server_counters(self._server)
+        return PageServerCounters(**{name: getattr(shared, name) for name in PageServerCounters.__slots__})
 
     def close(self) -> None:
-        """Free the mapping. The memfd stays open."""
-        lib.mig_page_source_destroy(self._source)
-        self._source = ffi.NULL
+        """End all connections, free. Idempotent."""
+        if self._server == ffi.NULL:
+            return
+        lib.mig_page_server_quiet(self._server)
+        self._reporter.join()
+        lib.mig_page_server_destroy(self._server)
+        self._server = ffi.NULL
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+    def _report(self) -> None:
+        text = ffi.new("char[]", lib.MIG_EVENT_TEXT_BYTES)
+        while lib.mig_page_server_next_event(self._server, text):
+            _log.warning("page server: %s", ffi.string(text).decode(errors="replace"))
 
 
-class RunBuffer:
-    """Room for one reader's largest request."""
-
-    def __init__(self, pages_max: int) -> None:
-        self.pages_max = pages_max
-        self.data: Any = ffi.new("char[]", pages_to_bytes(pages_max))
-        self.runs: Any = ffi.new("struct mig_run[]", pages_max)
+def _listen(endpoint: Endpoint) -> socket.socket:
+    try:
+        addresses = socket.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, _, _, _, address = addresses[0]
+        listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen(_BACKLOG)
+        except OSError:
+            listener.close()
+            raise
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {endpoint}", remedy="choose a free port of this host") from error
+    return listener

@@ -1,72 +1,43 @@
-"""Fetches pages with stock grpcio: an urgent stream and a background stream, each on a TCP connection of its own.
+"""What a session needs of whoever fetches its pages, and the choice of one by transport."""
 
-Threads, for each stream: one of grpcio's that pulls requests from our generator, and one of ours that takes replies and
-places them. The generators wait in C, with the GIL dropped; nothing here touches guest RAM.
-
-This is the transport for hosts without the native one, and the reference that it is tested against.
-"""
-
+import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
 
-import grpc
-
-from migrate.config import BACKGROUND_RUN_PAGES, BACKGROUND_RUNS_IN_FLIGHT, CONNECT_DEADLINE_S, Endpoint
-from migrate.errors import ChannelError, MigrateError, RemoteProtocolError
-from migrate.native.pager import PageKind, Pager, PagerStoppedError
-from migrate.pager.pacing import Pacer
-from migrate.pager.replies import ReplyOrder
-from migrate.pageserver.exports import BEARER, METADATA_AUTHORIZATION, METADATA_MIGRATION_ID
+from migrate.config import CONNECT_DEADLINE_S, Endpoint
+from migrate.errors import ChannelError, MigrateError
+from migrate.native.fetcher import NativeFetch
+from migrate.native.pager import Pager
+from migrate.pager.grpcio_fetcher import GrpcioFetcher
 from migrate.telemetry.clock import Clock
-from migrate.units import pages_to_bytes
-from migrate.v1 import page_service_pb2 as pb
-from migrate.v1 import page_service_pb2_grpc as rpc
+from migrate.v1 import types_pb2 as types
 
-_CLAIM_TIMEOUT_US = 1_000_000
-_CHANNEL_OPTIONS = (
-    # Without this, channels to one address share one TCP connection, and faults queue behind the background.
-    ("grpc.use_local_subchannel_pool", 1),
-    ("grpc.enable_http_proxy", 0),
-    ("grpc.max_receive_message_length", 4 << 20),
-)
+_WAIT_US = 1_000_000
 
 
-class Fetcher:
-    """The page call of one incoming migration.
+@dataclass(frozen=True, slots=True)
+class FetchTerms:
+    """What is fetched, from where, and how.
 
-    Args:
+    Attributes:
         endpoint: The source's PageService.
         migration_id: Names the migration to the source.
         token: Proves that we are its destination.
         verify: Every data run must carry its digest.
         max_bandwidth_bytes_per_s: Cap of the background; 0 is none.
-        clock: Times the pacing.
-        on_failure: Told, once, the error that ended a stream before every page was placed.
     """
 
-    def __init__(
-        self,
-        endpoint: Endpoint,
-        migration_id: str,
-        token: str,
-        *,
-        verify: bool,
-        max_bandwidth_bytes_per_s: int,
-        clock: Clock,
-        on_failure: Callable[[MigrateError], None],
-    ) -> None:
-        self._endpoint = endpoint
-        self._metadata = ((METADATA_MIGRATION_ID, migration_id), (METADATA_AUTHORIZATION, BEARER + token))
-        self._verify = verify
-        self._pacer = Pacer(max_bandwidth_bytes_per_s, clock)
-        self._on_failure = on_failure
-        self._channels = [grpc.insecure_channel(str(endpoint), options=_CHANNEL_OPTIONS) for _ in range(2)]
-        self._threads: list[threading.Thread] = []
-        self._calls: list[grpc.Call] = []
-        self._stopping = threading.Event()
-        self._lock = threading.Lock()
-        self._failed = False
-        self._wire_bytes = 0
+    endpoint: Endpoint
+    migration_id: str
+    token: str
+    verify: bool
+    max_bandwidth_bytes_per_s: int
+
+
+class Fetcher(Protocol):
+    """The page call of one incoming migration: urgent and background, each on a TCP connection of its own."""
 
     def connect(self) -> None:
         """Open both connections.
@@ -74,142 +45,123 @@ class Fetcher:
         Raises:
             ChannelError: the source's page service cannot be reached.
         """
-        for channel in self._channels:
-            try:
-                grpc.channel_ready_future(channel).result(timeout=CONNECT_DEADLINE_S)
-            except grpc.FutureTimeoutError:
-                raise ChannelError(
-                    f"the destination cannot reach the source's page service at {self._endpoint}",
-                    remedy="give the source daemon a --page-listen address that the destination can connect to",
-                ) from None
+        ...
 
     def start(self, pager: Pager) -> None:
-        """Begin to fetch all that the pager misses."""
-        window = threading.Semaphore(BACKGROUND_RUNS_IN_FLIGHT)
-        urgent, background = ReplyOrder(), ReplyOrder()
-        self._spawn("urgent", PageKind.URGENT, pager, urgent, self._urgent_requests(pager, urgent), None)
-        self._spawn(
-            "background",
-            PageKind.BACKGROUND,
-            pager,
-            background,
-            self._background_requests(pager, background, window),
-            window,
-        )
-
-    @property
-    def wire_bytes(self) -> int:
-        """Message bytes so far, requests and replies of both streams."""
-        with self._lock:
-            return self._wire_bytes
+        """Begin to fetch all that the pager misses, and to serve its faults."""
+        ...
 
     def join(self) -> None:
         """Wait until both streams have ended by themselves, as they do once no page is missing."""
-        for thread in self._threads:
-            thread.join()
+        ...
 
     def close(self) -> None:
-        """Cancel what still runs, close both connections. The pager must be stopped or done."""
-        self._stopping.set()
-        with self._lock:
-            calls = list(self._calls)
-        for call in calls:
-            call.cancel()
-        self.join()
-        for channel in self._channels:
-            channel.close()
+        """End what still runs, close both connections. The pager may be closed after this."""
+        ...
 
-    def _spawn(
-        self,
-        name: str,
-        kind: PageKind,
-        pager: Pager,
-        order: ReplyOrder,
-        requests: Iterator[pb.FetchPagesRequest],
-        window: threading.Semaphore | None,
-    ) -> None:
-        channel = self._channels[len(self._threads)]
-        call = rpc.PageServiceStub(channel).FetchPages(requests, metadata=self._metadata)
-        with self._lock:
-            self._calls.append(call)
-        thread = threading.Thread(
-            target=self._take_replies, name=f"fetch-{name}", args=(kind, pager, order, call, window), daemon=True
+    @property
+    def wire_bytes(self) -> int:
+        """Bytes of the page calls so far, both ways."""
+        ...
+
+
+class NativeFetcher:
+    """The C client, and the thread that waits for its end.
+
+    Args:
+        terms: What to fetch.
+        on_failure: Told, once, the error that made pages stop coming.
+    """
+
+    def __init__(self, terms: FetchTerms, on_failure: Callable[[MigrateError], None]) -> None:
+        self._terms = terms
+        self._on_failure = on_failure
+        self._fetch: NativeFetch | None = None
+        self._watcher: threading.Thread | None = None
+
+    def connect(self) -> None:
+        """See Fetcher."""
+        terms = self._terms
+        self._fetch = NativeFetch(
+            _numeric_host(terms.endpoint),
+            terms.endpoint.port,
+            terms.migration_id,
+            terms.token,
+            verify=terms.verify,
+            max_bandwidth_bytes_per_s=terms.max_bandwidth_bytes_per_s,
         )
-        self._threads.append(thread)
-        thread.start()
-
-    def _urgent_requests(self, pager: Pager, order: ReplyOrder) -> Iterator[pb.FetchPagesRequest]:
         try:
-            while not self._stopping.is_set():
-                for page in pager.claim_urgent(_CLAIM_TIMEOUT_US):
-                    yield self._request(order, page, 1)
-        except PagerStoppedError:
-            return
-        except MigrateError as error:
-            self._fail(error)
+            self._fetch.connect(int(CONNECT_DEADLINE_S * 1_000_000))
+        except ChannelError as error:
+            raise ChannelError(
+                f"the destination cannot reach the source's page service at {terms.endpoint}: {error.message}",
+                remedy="give the source daemon a --page-listen address that the destination can connect to",
+            ) from error
 
-    def _background_requests(
-        self, pager: Pager, order: ReplyOrder, window: threading.Semaphore
-    ) -> Iterator[pb.FetchPagesRequest]:
-        while not self._stopping.is_set():
-            if not window.acquire(timeout=1):
-                continue
-            run = pager.claim_run(BACKGROUND_RUN_PAGES)
-            if run is None:
-                return
-            first_page, count_pages = run
-            if self._stopping.wait(self._pacer.delay_s(pages_to_bytes(count_pages))):
-                return
-            yield self._request(order, first_page, count_pages)
+    def start(self, pager: Pager) -> None:
+        """See Fetcher."""
+        if self._fetch is None:
+            raise ChannelError("the page service has not been connected to")
+        self._fetch.start(pager)
+        self._watcher = threading.Thread(target=self._watch, args=(self._fetch,), name="fetch-watch", daemon=True)
+        self._watcher.start()
 
-    def _request(self, order: ReplyOrder, first_page: int, count_pages: int) -> pb.FetchPagesRequest:
-        request_id = order.ask(first_page, count_pages)
-        request = pb.FetchPagesRequest(request_id=request_id, first_page=first_page, page_count=count_pages)
-        with self._lock:
-            self._wire_bytes += request.ByteSize()
-        return request
+    def join(self) -> None:
+        """See Fetcher."""
+        if self._watcher is not None:
+            self._watcher.join()
 
-    def _take_replies(
-        self,
-        kind: PageKind,
-        pager: Pager,
-        order: ReplyOrder,
-        call: "grpc._CallIterator[pb.FetchPagesResponse]",
-        window: threading.Semaphore | None,
-    ) -> None:
+    def close(self) -> None:
+        """See Fetcher."""
+        if self._fetch is not None:
+            self._fetch.stop()
+            self.join()
+            self._fetch.close()
+            self._fetch = None
+
+    @property
+    def wire_bytes(self) -> int:
+        """See Fetcher."""
+        if self._fetch is None:
+            return 0
+        counters = self._fetch.counters()
+        return counters.urgent_wire_bytes + counters.background_wire_bytes
+
+    def _watch(self, fetch: NativeFetch) -> None:
         try:
-            for response in call:
-                if self._place(kind, pager, order, response) and window is not None:
-                    window.release()
-            if order.open_requests:
-                raise RemoteProtocolError(f"the source ended the {kind.name.lower()} stream with requests unanswered")
-        except grpc.RpcError as error:  # the call itself, which knows its status
-            if not self._stopping.is_set():
-                reason = f"{error.code().name}: {error.details()}"
-                self._fail(ChannelError(f"the page call to the source at {self._endpoint} broke: {reason}"))
+            while not fetch.wait(_WAIT_US):
+                pass
         except MigrateError as error:
-            call.cancel()
-            self._fail(error)
-
-    def _place(self, kind: PageKind, pager: Pager, order: ReplyOrder, response: pb.FetchPagesResponse) -> bool:
-        with self._lock:
-            self._wire_bytes += response.ByteSize()
-        content = response.WhichOneof("content")
-        if content is None:
-            raise RemoteProtocolError("the source sent a reply without content")
-        first_page, count_pages = response.first_page, response.page_count
-        is_zero = content == "zero"
-        is_complete = order.answer(response.request_id, first_page, count_pages, is_zero=is_zero)
-        if is_zero:
-            # A hole is told as far as it goes, perhaps to the end of a larger file than our region.
-            pager.place_zero(first_page, min(count_pages, pager.pages - first_page))
-        else:
-            digest = response.digest if self._verify else None
-            pager.place_data(first_page, count_pages, response.data, kind, digest)
-        return is_complete
-
-    def _fail(self, error: MigrateError) -> None:
-        with self._lock:
-            first, self._failed = not self._failed, True
-        if first and not self._stopping.is_set():
             self._on_failure(error)
+
+
+def make_fetcher(
+    transport: int, terms: FetchTerms, clock: Clock, on_failure: Callable[[MigrateError], None]
+) -> Fetcher:
+    """The fetcher of a transport.
+
+    Args:
+        transport: A migrate.v1.PageTransport.
+        terms: What to fetch.
+        clock: Times the pacing of the grpcio transport.
+        on_failure: Told, once, the error that made pages stop coming.
+    """
+    if transport == types.PAGE_TRANSPORT_GRPCIO:
+        return GrpcioFetcher(
+            terms.endpoint,
+            terms.migration_id,
+            terms.token,
+            verify=terms.verify,
+            max_bandwidth_bytes_per_s=terms.max_bandwidth_bytes_per_s,
+            clock=clock,
+            on_failure=on_failure,
+        )
+    return NativeFetcher(terms, on_failure)
+
+
+def _numeric_host(endpoint: Endpoint) -> str:
+    try:
+        found = socket.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise ChannelError(f"the destination cannot resolve the source's page endpoint {endpoint}") from error
+    return str(found[0][4][0])

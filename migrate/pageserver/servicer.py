@@ -6,8 +6,8 @@ import grpc
 
 from migrate.config import REQUEST_PAGES_MAX
 from migrate.errors import ConfigError
-from migrate.native.pageserver import Run, RunBuffer
-from migrate.pageserver.exports import METADATA_AUTHORIZATION, METADATA_MIGRATION_ID, Export, Exports
+from migrate.native.exports import METADATA_AUTHORIZATION, METADATA_MIGRATION_ID, Export, Exports
+from migrate.native.page_source import Run, RunBuffer
 from migrate.v1 import page_service_pb2 as pb
 from migrate.v1 import page_service_pb2_grpc as rpc
 
@@ -29,7 +29,7 @@ class PageServicer(rpc.PageServiceServicer):
             MigrateError: the first request that cannot be answered ends the stream.
         """
         metadata = {key: value for key, value in context.invocation_metadata() if isinstance(value, str)}
-        export = self._exports.check(metadata.get(METADATA_MIGRATION_ID, ""), metadata.get(METADATA_AUTHORIZATION, ""))
+        export = self._exports.find(metadata.get(METADATA_MIGRATION_ID, ""), metadata.get(METADATA_AUTHORIZATION, ""))
         buffer = RunBuffer(REQUEST_PAGES_MAX)
         for request in request_iterator:
             yield from self._answer(export, request, buffer)
@@ -37,7 +37,7 @@ class PageServicer(rpc.PageServiceServicer):
     def _answer(
         self, export: Export, request: pb.FetchPagesRequest, buffer: RunBuffer
     ) -> Iterator[pb.FetchPagesResponse]:
-        with self._exports.reading(export) as source:
+        with export.reading() as source:
             if request.region != 0:
                 raise ConfigError(f"the guest has one RAM region, number 0, not number {request.region}")
             # Read all before the first reply leaves: the scope must not stay open while the peer is slow.

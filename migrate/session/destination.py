@@ -23,9 +23,10 @@ from migrate.errors import (
     PostcopyPausedError,
 )
 from migrate.native.pager import Pager, PagerStoppedError
-from migrate.pager.fetcher import Fetcher
+from migrate.pager.fetcher import FetchTerms, make_fetcher
 from migrate.session.ports import GuestPort, PeerPort
 from migrate.session.record import MigrationRecord
+from migrate.session.rules import choose_transport
 from migrate.session.states import Event, Side, State
 from migrate.telemetry.clock import Clock
 from migrate.telemetry.faults import FaultLatencies
@@ -81,14 +82,18 @@ class DestinationSession:
         self._fetch_error: MigrateError | None = None
         self._latencies = FaultLatencies()
         self._stopping = threading.Event()
-        self._fetcher = Fetcher(
-            page_endpoint,
-            request.migration_id,
-            request.token,
-            verify=request.verify,
-            max_bandwidth_bytes_per_s=request.max_bandwidth_bytes_per_s,
-            clock=clock,
-            on_failure=self._on_fetch_failure,
+        self.transport = choose_transport(request.transport)
+        self._fetcher = make_fetcher(
+            self.transport,
+            FetchTerms(
+                page_endpoint,
+                request.migration_id,
+                request.token,
+                verify=request.verify,
+                max_bandwidth_bytes_per_s=request.max_bandwidth_bytes_per_s,
+            ),
+            clock,
+            self._on_fetch_failure,
         )
         spec = request.guest.spec
         self.record = MigrationRecord(
@@ -99,7 +104,7 @@ class DestinationSession:
                 guest_kind=spec.kind,
                 mode=request.mode,
                 order=request.order,
-                transport=request.transport,
+                transport=self.transport,
                 memory_bytes=spec.memory_bytes,
                 vcpus=spec.vcpus,
                 peer=request.control_endpoint,

@@ -10,7 +10,7 @@ from migrate.v1 import types_pb2 as types
 
 SUPPORTED_MODES = frozenset({types.MIGRATION_MODE_POSTCOPY})
 SUPPORTED_ORDERS = frozenset({"precopy"})
-SUPPORTED_TRANSPORTS = frozenset({types.PAGE_TRANSPORT_GRPCIO})
+SUPPORTED_TRANSPORTS = frozenset({types.PAGE_TRANSPORT_NATIVE_GRPC, types.PAGE_TRANSPORT_GRPCIO})
 MEMORY_MAX_BYTES = 1 << 40
 
 
@@ -21,7 +21,14 @@ class HostFacts:
     available_bytes: int
 
 
-def check_terms(mode: int, order: str, transport: int) -> None:
+def choose_transport(asked: int) -> "types.PageTransport.ValueType":
+    """What a destination fetches with. All transports are the same gRPC, so any of them reaches any page server."""
+    if asked in SUPPORTED_TRANSPORTS:
+        return types.PageTransport.ValueType(asked)
+    return types.PAGE_TRANSPORT_NATIVE_GRPC
+
+
+def check_terms(mode: int, order: str) -> None:
     """Whether a migration can be done in the way it is asked for; both sides ask.
 
     Raises:
@@ -33,8 +40,6 @@ def check_terms(mode: int, order: str, transport: int) -> None:
         raise ConfigError(
             f"{order!r} is no order of the background that this version knows: {sorted(SUPPORTED_ORDERS)}"
         )
-    if transport not in SUPPORTED_TRANSPORTS:
-        raise ConfigError("this version fetches pages with transport grpcio only")
 
 
 def check_prepare(request: transfer.PrepareRequest, facts: HostFacts) -> None:
@@ -67,7 +72,7 @@ def check_prepare(request: transfer.PrepareRequest, facts: HostFacts) -> None:
         )
     if not 0 < region.size_bytes <= MEMORY_MAX_BYTES:
         raise ConfigError(f"{format_bytes(region.size_bytes)} is no size of a guest's memory")
-    check_terms(request.mode, request.order, request.transport)
+    check_terms(request.mode, request.order)
     if region.resident_bytes > facts.available_bytes:
         raise NotEnoughMemoryError(
             f"the guest occupies {format_bytes(region.resident_bytes)},"

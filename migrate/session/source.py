@@ -22,11 +22,11 @@ from migrate.errors import (
     PermissionDeniedError,
     PostcopyPausedError,
 )
-from migrate.native.pageserver import PageSource
-from migrate.pageserver.exports import Export, Exports
+from migrate.native.exports import Exports
+from migrate.native.page_source import PageSource
 from migrate.session.ports import GuestPort, PeerPort
 from migrate.session.record import MigrationRecord
-from migrate.session.rules import check_terms
+from migrate.session.rules import check_terms, choose_transport
 from migrate.session.states import Event, Side, State
 from migrate.telemetry.clock import Clock
 from migrate.units import bytes_to_pages
@@ -54,7 +54,7 @@ class SourceSession:
         guest: The guest process.
         peer: The destination daemon.
         exports: Where the guest's pages are published while it is paused.
-        page_endpoint: Our PageService, as the destination should see it.
+        page_endpoint: Our PageService for the transport that is asked for, as the destination should see it.
         control_endpoint: Our TransferService, likewise.
         clock: Times it all.
         on_guest_left: Called once END is acknowledged; frees the guest and its RAM.
@@ -73,7 +73,7 @@ class SourceSession:
         clock: Clock,
         on_guest_left: Callable[[], None],
     ) -> None:
-        check_terms(request.mode, request.order, request.transport)
+        check_terms(request.mode, request.order)
         self._request = request
         self._guest = guest
         self._peer = peer
@@ -93,7 +93,7 @@ class SourceSession:
                 guest=request.guest,
                 mode=request.mode,
                 order=request.order,
-                transport=request.transport,
+                transport=choose_transport(request.transport),
                 peer=request.to,
             ),
             clock,
@@ -140,7 +140,7 @@ class SourceSession:
     def _prepare(self) -> None:
         description, _, _, self._memfds = self._guest.describe()
         self.record.update(lambda migration: _describe(migration, description))
-        self._peer.prepare(
+        prepared = self._peer.prepare(
             transfer.PrepareRequest(
                 migration_id=self.record.migration_id,
                 protocol_version=PROTOCOL_VERSION,
@@ -150,11 +150,12 @@ class SourceSession:
                 token=self._token,
                 mode=self._request.mode,
                 order=self._request.order,
-                transport=self._request.transport,
+                transport=choose_transport(self._request.transport),
                 max_bandwidth_bytes_per_s=self._request.max_bandwidth_bytes_per_s,
                 verify=self._request.verify,
             )
         )
+        self.record.update(lambda migration: _note_transport(migration, prepared.transport))
         self._source = PageSource(self._memfds[0], bytes_to_pages(description.regions[0].size_bytes))
         self.record.on(Event.PREPARED)
 
@@ -167,7 +168,7 @@ class SourceSession:
         self._guest.pause()
         memory_digest = self._source.take_digests() if self._request.verify else 0
         # Pages are served from before the state is loaded, which may touch some.
-        self._exports.publish(Export(self.record.migration_id, self._token, self._source))
+        self._exports.publish(self.record.migration_id, self._token, self._source)
         state, touches = self._guest.save_state()
         self.record.update(lambda migration: _note_touches(migration, touches))
         request = transfer.SwitchoverRequest(
@@ -292,6 +293,10 @@ def _describe(migration: types.Migration, description: types.GuestDescription) -
     migration.memory_bytes = description.spec.memory_bytes
     migration.vcpus = description.spec.vcpus
     migration.pages.total = bytes_to_pages(description.spec.memory_bytes)
+
+
+def _note_transport(migration: types.Migration, transport: "types.PageTransport.ValueType") -> None:
+    migration.transport = transport
 
 
 def _note_touches(migration: types.Migration, touches: int) -> None:

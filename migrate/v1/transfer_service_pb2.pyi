@@ -46,6 +46,7 @@ class PrepareRequest(_message.Message):
     mode: _types_pb2.MigrationMode.ValueType
     order: _builtins.str
     transport: _types_pb2.PageTransport.ValueType
+    """What the source would like the destination to fetch with; page_endpoint is a server made for it, but speaks to any."""
     max_bandwidth_bytes_per_s: _builtins.int
     """Cap of the background, bytes a second; 0 is none. Urgent pages are never capped."""
     verify: _builtins.bool
@@ -83,6 +84,7 @@ class PrepareResponse(_message.Message):
     TRANSPORT_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     transport: _types_pb2.PageTransport.ValueType
+    """What the destination fetches with: what the source asked for, if it knows it, else the best that it has."""
     def __init__(
         self,
         *,

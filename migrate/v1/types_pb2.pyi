@@ -206,6 +206,8 @@ class _PageTransportEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PageTra
     PAGE_TRANSPORT_UNSPECIFIED: _PageTransport.ValueType  # 0
     PAGE_TRANSPORT_GRPCIO: _PageTransport.ValueType  # 1
     """Stock grpcio at both ends."""
+    PAGE_TRANSPORT_NATIVE_GRPC: _PageTransport.ValueType  # 2
+    """The same gRPC, from C at both ends: no Python between a fault and its page."""
 
 class PageTransport(_PageTransport, metaclass=_PageTransportEnumTypeWrapper):
     """What carries the pages."""
@@ -213,6 +215,8 @@ class PageTransport(_PageTransport, metaclass=_PageTransportEnumTypeWrapper):
 PAGE_TRANSPORT_UNSPECIFIED: PageTransport.ValueType  # 0
 PAGE_TRANSPORT_GRPCIO: PageTransport.ValueType  # 1
 """Stock grpcio at both ends."""
+PAGE_TRANSPORT_NATIVE_GRPC: PageTransport.ValueType  # 2
+"""The same gRPC, from C at both ends: no Python between a fault and its page."""
 Global___PageTransport: _TypeAlias = PageTransport  # noqa: Y015
 
 @_typing.final
@@ -635,7 +639,7 @@ class Migration(_message.Message):
     postcopy_us: _builtins.int
     total_us: _builtins.int
     bytes_on_wire: _builtins.int
-    """Message bytes of the page calls, both directions."""
+    """Bytes of the page calls, both directions: of the sockets (native-grpc) or of the messages (grpcio)."""
     guest_touches: _builtins.int
     guest_errors: _builtins.int
     verified_pages: _builtins.int

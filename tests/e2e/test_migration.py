@@ -42,7 +42,8 @@ def test_kvm_guest_moves_while_it_runs(source, destination, workload, vcpus):
     name = next(_names)
     source.create(name, memory_mib=32, vcpus=vcpus, workload=workload)
     source.wait_populated(name)
-    moved = source.migrate(destination, name)
+    # Slow enough that the vCPUs run long before the background is through.
+    moved = source.migrate(destination, name, max_bandwidth_bytes_per_s=100_000_000)
     check_moved(source, destination, name, moved)
     if workload in ("uniform", "zipf"):
         assert moved.pages.urgent > 0

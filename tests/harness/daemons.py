@@ -108,7 +108,7 @@ class DaemonProcess:
             to=to if isinstance(to, str) else to.address,
             mode=types.MIGRATION_MODE_POSTCOPY,
             order="precopy",
-            transport=types.PAGE_TRANSPORT_GRPCIO,
+            transport=types.PAGE_TRANSPORT_NATIVE_GRPC,
         )
         for term, value in terms.items():
             setattr(request, term, value)

@@ -219,6 +219,7 @@ def test_vcpu_that_waits_for_a_page_is_paused_or_said_to_run_on(start):
     _, twin = start(description, "twin")
     fd, (hva,) = twin.arm()
     pager = Pager(fd, hva, MEMORY_BYTES // PAGE)
+    pager.start_fault_thread()
     try:
         twin.load_state(state)
         twin.resume()

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from migrate.errors import RemoteProtocolError
-from migrate.pager.replies import ReplyOrder
+from migrate.native.replies import ReplyOrder
 
 requests = st.lists(st.tuples(st.integers(0, 10_000), st.integers(1, 256)), min_size=1, max_size=20)
 
@@ -40,10 +40,10 @@ def test_first_lie_is_caught(asked, data):
     ids = [order.ask(first, count) for first, count in asked]
     (first, count), request_id = asked[0], ids[0]
     lies = {
-        "id": (data.draw(st.integers().filter(lambda i: i != request_id)), first, 1, False),
+        "id": (data.draw(st.integers(0, 2**64 - 1).filter(lambda i: i != request_id)), first, 1, False),
         "gap": (request_id, first + data.draw(st.integers(1, 500)), 1, False),
-        "back": (request_id, first - data.draw(st.integers(1, 500)), 1, True),
-        "empty": (request_id, first, data.draw(st.integers(-5, 0)), True),
+        "back": (request_id, (first - data.draw(st.integers(1, 500))) % 2**64, 1, True),
+        "empty": (request_id, first, 0, True),
         "long": (request_id, first, count + data.draw(st.integers(1, 500)), False),
     }
     lie = lies[data.draw(st.sampled_from(sorted(lies)))]

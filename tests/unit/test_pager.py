@@ -32,6 +32,7 @@ def toucher():
 @pytest.fixture
 def pager(toucher):
     made = Pager(toucher.uffd, toucher.hva, PAGES)
+    made.start_fault_thread()
     yield made
     made.close()
 

@@ -6,7 +6,7 @@ import pytest
 
 from migrate.errors import ConfigError
 from migrate.native._native import ffi, lib
-from migrate.native.pageserver import PageSource, RunBuffer
+from migrate.native.page_source import PageSource, RunBuffer
 
 PAGE = 4096
 PAGES = 1024

@@ -1,0 +1,37 @@
+/* Which memories are served now, to whom. Thread-safe. */
+#ifndef MIG_EXPORTS_H
+#define MIG_EXPORTS_H
+
+#include "page_source.h"
+
+struct mig_exports;
+
+/* One memory, served to the holder of one token while its migration lasts. Counted: a call holds it. */
+struct mig_export;
+
+/** Returns 0 or -errno. */
+int mig_exports_create(struct mig_exports **ret);
+/** All must have been withdrawn, and no call may hold one. */
+void mig_exports_destroy(struct mig_exports *exports);
+
+/** Serve a memory from now on. Returns 0 or -errno; -EEXIST if the migration is served already. */
+int mig_exports_publish(struct mig_exports *exports, const char *migration_id, const char *token,
+                        struct mig_page_source *source);
+
+/** Serve it no longer. Returns once no reader is inside it, so that it may be freed. Idempotent. */
+void mig_exports_withdraw(struct mig_exports *exports, const char *migration_id);
+
+/**
+ * The export that a call may read, from its metadata; either string may be NULL.
+ * Returns 0, -ENOENT (no such migration serves pages now) or -EACCES (the token is not its).
+ */
+int mig_exports_find(struct mig_exports *exports, const char *migration_id, const char *authorization,
+                     struct mig_export **ret);
+/** Let go of an export. NULL is nothing. */
+void mig_export_put(struct mig_export *export);
+
+/** Begin to read; NULL if it was withdrawn meanwhile. Every success is paired with mig_export_leave. */
+struct mig_page_source *mig_export_enter(struct mig_export *export);
+void mig_export_leave(struct mig_export *export);
+
+#endif

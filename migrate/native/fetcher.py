@@ -1,0 +1,131 @@
+"""The page call of one incoming migration in C: urgent and background threads, and no Python in either."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from migrate.errors import (
+    ChannelError,
+    GuestLostError,
+    IntegrityError,
+    MigrateError,
+    NativeError,
+    RemoteProtocolError,
+    UffdError,
+)
+from migrate.native._native import ffi, lib
+from migrate.native.pager import Pager
+
+
+@dataclass(frozen=True, slots=True)
+class FetchCounters:
+    """How the page call is doing."""
+
+    urgent_wire_bytes: int
+    background_wire_bytes: int
+    urgent_requests: int
+    background_requests: int
+    reconnects: int
+    window_bytes: int
+    run_pages: int
+    rate_bytes_per_s: int
+    base_rtt_ns: int
+    queue_ns: int
+
+
+class NativeFetch:
+    """Fetches all pages that a pager misses.
+
+    Args:
+        host: Numeric address of the source's PageService.
+        port: Its port.
+        migration_id: Names the migration to the source.
+        token: Proves that we are its destination.
+        verify: Every data run must carry its digest.
+        max_bandwidth_bytes_per_s: Cap of the background; 0 is none.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        migration_id: str,
+        token: str,
+        *,
+        verify: bool = False,
+        max_bandwidth_bytes_per_s: int = 0,
+    ) -> None:
+        strings = [ffi.new("char[]", text.encode()) for text in (host, migration_id, token)]
+        terms = ffi.new(
+            "struct mig_fetch_terms *",
+            {
+                "host": strings[0],
+                "port": port,
+                "migration_id": strings[1],
+                "token": strings[2],
+                "verify": verify,
+                "max_bandwidth_bytes_per_s": max_bandwidth_bytes_per_s,
+            },
+        )
+        ret = ffi.new("struct mig_fetch **")
+        rc = lib.mig_fetch_create(terms, ret)
+        if rc < 0:
+            raise NativeError("make a fetch", -rc)
+        self._fetch: Any = ret[0]
+
+    def connect(self, timeout_us: int) -> None:
+        """Open both connections.
+
+        Raises:
+            ChannelError: no gRPC server answers there.
+        """
+        lib.mig_fetch_connect(self._fetch, timeout_us)
+        failure = self._failure()
+        if failure is not None:
+            raise failure
+
+    def start(self, pager: Pager) -> None:
+        """Begin to fetch, and to serve the pager's faults."""
+        rc = lib.mig_fetch_start(self._fetch, pager.handle)
+        if rc < 0:
+            raise NativeError("start the fetch threads", -rc)
+
+    def wait(self, timeout_us: int) -> bool:
+        """Wait until both calls have ended by themselves, or `stop`; False after the timeout.
+
+        Raises:
+            MigrateError: what made pages stop coming.
+        """
+        rc: int = lib.mig_fetch_wait(self._fetch, timeout_us)
+        failure = self._failure()
+        if failure is not None:
+            raise failure
+        return rc != 0
+
+    def stop(self) -> None:
+        """End both threads; the pager may be closed after this. Idempotent."""
+        lib.mig_fetch_stop(self._fetch)
+
+    def close(self) -> None:
+        """Stop, close both connections, free. No other call may be under way. Idempotent."""
+        lib.mig_fetch_destroy(self._fetch)
+        self._fetch = ffi.NULL
+
+    def counters(self) -> FetchCounters:
+        """Read all counters."""
+        shared = lib.mig_fetch_counters(self._fetch)
+        return FetchCounters(**{name: getattr(shared, name) for name in FetchCounters.__slots__})
+
+    def _failure(self) -> MigrateError | None:
+        failure = ffi.new("struct mig_fetch_failure *")
+        lib.mig_fetch_read_failure(self._fetch, failure)
+        text = ffi.string(failure.text).decode(errors="replace")
+        if failure.reason == lib.MIG_FETCH_LOCAL:
+            return UffdError(text, -failure.error)
+        errors: dict[int, type[MigrateError]] = {
+            lib.MIG_FETCH_LINK: ChannelError,
+            lib.MIG_FETCH_STATUS: ChannelError,
+            lib.MIG_FETCH_PROTOCOL: RemoteProtocolError,
+            lib.MIG_FETCH_INTEGRITY: IntegrityError,
+            lib.MIG_FETCH_GUEST: GuestLostError,
+        }
+        return errors[failure.reason](text) if failure.reason else None

@@ -1,0 +1,249 @@
+#include "h2.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include "h2_internal.h"
+#include "units.h"
+
+/* What nghttp2 hands out at once is at most one frame of 16 KiB that is not DATA; DATA comes through the batch. */
+enum { CONTROL_FRAME_BYTES_MAX = 17 << 10 };
+
+/* ---- the batch ---- */
+
+bool mig_h2_batch_has_room(const struct mig_h2 *connection, int iov_count, size_t scratch_bytes)
+{
+    return connection->iov_count + iov_count <= BATCH_IOV_MAX &&
+           connection->scratch_bytes + scratch_bytes <= BATCH_SCRATCH_BYTES;
+}
+
+void mig_h2_batch_refer(struct mig_h2 *connection, const void *bytes, size_t count_bytes)
+{
+    struct iovec *last = connection->iov_count ? &connection->iov[connection->iov_count - 1] : NULL;
+
+    if (!count_bytes)
+        return;
+    if (last && (char *)last->iov_base + last->iov_len == bytes)
+        last->iov_len += count_bytes;
+    else
+        connection->iov[connection->iov_count++] = (struct iovec){(void *)bytes, count_bytes};
+}
+
+void mig_h2_batch_copy(struct mig_h2 *connection, const void *bytes, size_t count_bytes)
+{
+    uint8_t *place = connection->scratch + connection->scratch_bytes;
+
+    memcpy(place, bytes, count_bytes);
+    connection->scratch_bytes += count_bytes;
+    mig_h2_batch_refer(connection, place, count_bytes);
+}
+
+/* Takes from nghttp2 what fits. Returns 0 or -errno. */
+static int fill_batch(struct mig_h2 *connection)
+{
+    while (mig_h2_batch_has_room(connection, 1, CONTROL_FRAME_BYTES_MAX)) {
+        const uint8_t *bytes;
+        const ssize_t count = nghttp2_session_mem_send(connection->session, &bytes);
+        if (count < 0) {
+            connection->is_broken = true;
+            return count == NGHTTP2_ERR_NOMEM ? -ENOMEM : -EPROTO;
+        }
+        if (count == 0)
+            return 0;
+        mig_h2_batch_copy(connection, bytes, (size_t)count);
+    }
+    return 0;
+}
+
+/* Returns 0 when the batch is written, 1 when the socket is full, or -errno. */
+static int write_batch(struct mig_h2 *connection)
+{
+    while (connection->iov_first < connection->iov_count) {
+        const struct msghdr message = {
+            .msg_iov = connection->iov + connection->iov_first,
+            .msg_iovlen = (size_t)(connection->iov_count - connection->iov_first),
+        };
+        ssize_t written = sendmsg(connection->fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
+        if (written < 0 && errno == EINTR)
+            continue;
+        if (written < 0)
+            return errno == EAGAIN ? 1 : -errno;
+        connection->wire_bytes += (uint64_t)written;
+        while (written > 0) {
+            struct iovec *first = &connection->iov[connection->iov_first];
+            const size_t part = (size_t)written < first->iov_len ? (size_t)written : first->iov_len;
+            first->iov_base = (char *)first->iov_base + part;
+            first->iov_len -= part;
+            written -= (ssize_t)part;
+            connection->iov_first += !first->iov_len;
+        }
+    }
+    connection->iov_first = connection->iov_count = 0;
+    connection->scratch_bytes = 0;
+    return 0;
+}
+
+static void free_streams(struct mig_h2_stream **list)
+{
+    while (*list) {
+        struct mig_h2_stream *stream = *list;
+        *list = stream->next;
+        mig_h2_stream_free(stream);
+    }
+}
+
+static void note_errno(struct mig_h2 *connection, int rc)
+{
+    if (!connection->error[0])
+        snprintf(connection->error, sizeof(connection->error), "%s", strerror(-rc));
+}
+
+int mig_h2_flush(struct mig_h2 *connection)
+{
+    for (;;) {
+        int rc = write_batch(connection);
+        if (rc == 0) {
+            free_streams(&connection->graveyard);
+            rc = fill_batch(connection);
+        }
+        if (rc < 0)
+            note_errno(connection, rc);
+        if (rc || !connection->iov_count)
+            return rc;
+    }
+}
+
+int mig_h2_receive(struct mig_h2 *connection, bool may_wait)
+{
+    const ssize_t got =
+        recv(connection->fd, connection->received, connection->limits.receive_bytes, may_wait ? 0 : MSG_DONTWAIT);
+    if (got < 0 && (errno == EAGAIN || errno == EINTR))
+        return 0;
+    if (got <= 0) {
+        const int rc = got < 0 ? -errno : -ECONNRESET;
+        if (got == 0 && !connection->error[0])
+            snprintf(connection->error, sizeof(connection->error), "the peer closed the connection");
+        note_errno(connection, rc);
+        return rc;
+    }
+    connection->heard_ns = mig_now_ns();
+    connection->wire_bytes += (uint64_t)got;
+    const ssize_t taken = nghttp2_session_mem_recv(connection->session, connection->received, (size_t)got);
+    if (taken < 0 || connection->is_broken) {
+        connection->is_broken = true;
+        if (!connection->error[0])
+            snprintf(connection->error, sizeof(connection->error), "HTTP/2: %s",
+                     nghttp2_strerror(taken < 0 ? (int)taken : NGHTTP2_ERR_PROTO));
+        nghttp2_session_terminate_session(connection->session, NGHTTP2_PROTOCOL_ERROR);
+        return taken == NGHTTP2_ERR_NOMEM ? -ENOMEM : -EPROTO;
+    }
+    return 1;
+}
+
+bool mig_h2_is_over(const struct mig_h2 *connection)
+{
+    return !nghttp2_session_want_read(connection->session) && !nghttp2_session_want_write(connection->session) &&
+           connection->iov_first == connection->iov_count;
+}
+
+/* ---- life ---- */
+
+int mig_h2_create(int fd, enum mig_h2_role role, const struct mig_h2_limits *limits,
+                  const struct mig_h2_handler *handler, void *user, struct mig_h2 **ret)
+{
+    struct mig_h2 *connection = calloc(1, sizeof(*connection));
+    if (!connection)
+        return -ENOMEM;
+    connection->fd = -1; /* the caller's, until all went well */
+    connection->role = role;
+    connection->limits = *limits;
+    connection->handler = *handler;
+    connection->user = user;
+    connection->heard_ns = mig_now_ns();
+    connection->received = malloc(limits->receive_bytes);
+    const int rc = connection->received ? mig_h2_session_create(connection) : -ENOMEM;
+    if (rc < 0) {
+        mig_h2_destroy(connection);
+        return rc;
+    }
+    connection->fd = fd;
+    *ret = connection;
+    return 0;
+}
+
+void mig_h2_destroy(struct mig_h2 *connection)
+{
+    if (!connection)
+        return;
+    for (struct mig_h2_stream *stream = connection->streams; stream; stream = stream->next)
+        if (connection->handler.on_close)
+            connection->handler.on_close(connection->user, stream);
+    nghttp2_session_del(connection->session);
+    free_streams(&connection->streams);
+    free_streams(&connection->graveyard);
+    if (connection->fd >= 0)
+        close(connection->fd);
+    free(connection->received);
+    free(connection);
+}
+
+void mig_h2_go_away(struct mig_h2 *connection)
+{
+    nghttp2_session_terminate_session(connection->session, NGHTTP2_NO_ERROR);
+}
+
+void mig_h2_ping(struct mig_h2 *connection)
+{
+    if (connection->ping_sent_ns)
+        return;
+    connection->ping_sent_ns = mig_now_ns();
+    nghttp2_submit_ping(connection->session, NGHTTP2_FLAG_NONE, NULL);
+}
+
+uint64_t mig_h2_take_ping_ns(struct mig_h2 *connection)
+{
+    const uint64_t ping_ns = connection->ping_ns;
+    connection->ping_ns = 0;
+    return ping_ns;
+}
+
+/* ---- facts ---- */
+
+int mig_h2_fd(const struct mig_h2 *connection)
+{
+    return connection->fd;
+}
+
+uint64_t mig_h2_heard_ns(const struct mig_h2 *connection)
+{
+    return connection->heard_ns;
+}
+
+bool mig_h2_is_greeted(const struct mig_h2 *connection)
+{
+    return connection->is_greeted;
+}
+
+bool mig_h2_is_leaving(const struct mig_h2 *connection)
+{
+    return connection->is_leaving;
+}
+
+uint64_t mig_h2_wire_bytes(const struct mig_h2 *connection)
+{
+    return connection->wire_bytes;
+}
+
+const char *mig_h2_error(const struct mig_h2 *connection)
+{
+    return connection->error;
+}
+
+struct mig_h2_stream *mig_h2_next_stream(const struct mig_h2 *connection, const struct mig_h2_stream *after)
+{
+    return after ? after->next : connection->streams;
+}

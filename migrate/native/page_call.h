@@ -1,0 +1,30 @@
+/* One FetchPages call at the server: its requests, read from an export, answered in their order. Not thread-safe. */
+#ifndef MIG_PAGE_CALL_H
+#define MIG_PAGE_CALL_H
+
+#include "h2.h"
+#include "pageserver.h"
+
+struct mig_page_call;
+
+/** A call came: check its path and token. With OK, *ret is the call. */
+enum mig_status mig_page_call_begin(struct mig_h2_stream *stream, struct mig_exports *exports,
+                                    struct mig_page_call **ret);
+/** NULL is nothing. */
+void mig_page_call_free(struct mig_page_call *call);
+
+/** A message came. */
+enum mig_status mig_page_call_request(struct mig_page_call *call, struct mig_h2_stream *stream, const uint8_t *message,
+                                      size_t bytes);
+/** The caller half-closed: once all is answered, the call is over. */
+void mig_page_call_no_more(struct mig_page_call *call);
+
+/**
+ * Queue answers, as far as there is room. All that was queued before must have been handed to the socket, or be held
+ * back by flow control. Returns whether there is something new to write. NULL is nothing.
+ */
+bool mig_page_call_work(struct mig_page_call *call, struct mig_h2_stream *stream);
+
+uint64_t mig_page_call_data_pages(const struct mig_page_call *call);
+
+#endif

@@ -1,0 +1,184 @@
+#include "page_source.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "digest.h"
+#include "units.h"
+
+enum { DIGEST_BATCH_PAGES = 256 };
+
+struct mig_page_source {
+    int memfd;
+    uint64_t pages;
+    void *mapping;          /* for mincore alone: a read through it would populate holes */
+    uint64_t *page_digests; /* NULL until taken; 0 for a zero page */
+};
+
+int mig_page_source_create(int memfd, uint64_t pages, struct mig_page_source **ret)
+{
+    struct mig_page_source *source = calloc(1, sizeof(*source));
+    if (!source)
+        return -ENOMEM;
+    source->memfd = memfd;
+    source->pages = pages;
+    source->mapping = mmap(NULL, mig_page_offset(pages), PROT_READ, MAP_SHARED | MAP_NORESERVE, memfd, 0);
+    if (source->mapping == MAP_FAILED) {
+        const int error = errno;
+        free(source);
+        return -error;
+    }
+    *ret = source;
+    return 0;
+}
+
+void mig_page_source_destroy(struct mig_page_source *source)
+{
+    if (!source)
+        return;
+    munmap(source->mapping, mig_page_offset(source->pages));
+    free(source->page_digests);
+    free(source);
+}
+
+uint64_t mig_page_source_pages(const struct mig_page_source *source)
+{
+    return source->pages;
+}
+
+static int read_pages(const struct mig_page_source *source, uint64_t first_page, uint64_t count_pages, void *buffer)
+{
+    uint64_t done_bytes = 0;
+    const uint64_t length_bytes = mig_page_offset(count_pages);
+
+    while (done_bytes < length_bytes) {
+        const ssize_t got = pread(source->memfd, (char *)buffer + done_bytes, length_bytes - done_bytes,
+                                  (off_t)(mig_page_offset(first_page) + done_bytes));
+        if (got < 0 && errno == EINTR)
+            continue;
+        if (got <= 0)
+            return got < 0 ? -errno : -EIO; /* the file is shorter than the RAM it holds */
+        done_bytes += (uint64_t)got;
+    }
+    return 0;
+}
+
+/* The first page at or after `page` that the memfd holds, in memory or swapped out; `pages` if none; or -errno. */
+static int64_t next_data_page(const struct mig_page_source *source, uint64_t page)
+{
+    const off_t offset = lseek(source->memfd, (off_t)mig_page_offset(page), SEEK_DATA);
+    if (offset >= 0)
+        return (int64_t)mig_offset_page((uint64_t)offset);
+    return errno == ENXIO ? (int64_t)source->pages : -errno;
+}
+
+/* How many pages from `first` are data, at most `count`; 0 if `first` is in a hole; or -errno. `core` has count bytes.
+ */
+static int64_t data_pages(const struct mig_page_source *source, uint64_t first, uint64_t count, unsigned char *core)
+{
+    char *start = (char *)source->mapping + mig_page_offset(first);
+    if (mincore(start, mig_page_offset(count), core) < 0)
+        return -errno;
+    uint64_t run = 0;
+    while (run < count && core[run] & 1)
+        run++;
+    if (run)
+        return (int64_t)run;
+    /* Not resident is a hole, or swapped out: only the file knows. */
+    const int64_t next = next_data_page(source, first);
+    return next < 0 ? next : next == (int64_t)first;
+}
+
+static void append_run(struct mig_run *runs, int *run_count, uint64_t first_page, uint64_t count_pages, bool is_zero)
+{
+    if (*run_count && runs[*run_count - 1].is_zero == is_zero)
+        runs[*run_count - 1].count_pages += count_pages;
+    else
+        runs[(*run_count)++] = (struct mig_run){first_page, count_pages, 0, is_zero};
+}
+
+int mig_page_source_read(struct mig_page_source *source, uint64_t first_page, uint32_t count_pages, void *buffer,
+                         struct mig_run *runs)
+{
+    if (!count_pages || first_page >= source->pages || count_pages > source->pages - first_page)
+        return -EINVAL;
+    const uint64_t end = first_page + count_pages;
+    unsigned char *core = malloc(count_pages);
+    if (!core)
+        return -ENOMEM;
+    int run_count = 0;
+    int64_t rc = 0;
+
+    for (uint64_t page = first_page; page < end;) {
+        rc = data_pages(source, page, end - page, core);
+        if (rc < 0)
+            break;
+        if (rc == 0) {
+            const int64_t next = next_data_page(source, page);
+            rc = next;
+            if (next < 0)
+                break;
+            /* A hole that the request leaves is told whole; one page filled meanwhile ends it at once. */
+            append_run(runs, &run_count, page, (uint64_t)next - page, true);
+            page = (uint64_t)next;
+            continue;
+        }
+        char *data = (char *)buffer + mig_page_offset(page - first_page);
+        const uint64_t run = (uint64_t)rc;
+        rc = read_pages(source, page, run, data);
+        if (rc < 0)
+            break;
+        for (uint64_t i = 0; i < run; i++)
+            append_run(runs, &run_count, page + i, 1, mig_page_is_zero(data + mig_page_offset(i)));
+        page += run;
+    }
+    free(core);
+    if (rc < 0)
+        return (int)rc;
+    for (int i = 0; source->page_digests && i < run_count; i++)
+        if (!runs[i].is_zero)
+            runs[i].digest = mig_digest_run(source->page_digests + runs[i].first_page, runs[i].count_pages);
+    return run_count;
+}
+
+int mig_page_source_take_digests(struct mig_page_source *source, uint64_t *ret_memory_digest)
+{
+    uint64_t *digests = calloc(source->pages, sizeof(*digests));
+    char *buffer = malloc(mig_page_offset(DIGEST_BATCH_PAGES));
+    int64_t rc = digests && buffer ? 0 : -ENOMEM;
+    uint64_t memory_digest = 0;
+    unsigned char core[DIGEST_BATCH_PAGES];
+
+    for (uint64_t page = 0; rc >= 0 && page < source->pages;) {
+        const uint64_t left = source->pages - page;
+        rc = data_pages(source, page, left < DIGEST_BATCH_PAGES ? left : DIGEST_BATCH_PAGES, core);
+        if (rc == 0) {
+            rc = next_data_page(source, page);
+            page = rc < 0 ? page : (uint64_t)rc;
+            continue;
+        }
+        const uint64_t run = rc < 0 ? 0 : (uint64_t)rc;
+        if (run)
+            rc = read_pages(source, page, run, buffer);
+        for (uint64_t i = 0; rc >= 0 && i < run; i++) {
+            const char *data = buffer + mig_page_offset(i);
+            if (mig_page_is_zero(data))
+                continue;
+            digests[page + i] = mig_digest_page(data);
+            memory_digest += mig_digest_memory_term(page + i, digests[page + i]);
+        }
+        page += run;
+    }
+    free(buffer);
+    if (rc < 0) {
+        free(digests);
+        return (int)rc;
+    }
+    free(source->page_digests);
+    source->page_digests = digests;
+    *ret_memory_digest = memory_digest;
+    return 0;
+}

@@ -1,0 +1,43 @@
+/* The source's side of the page call: read pages of a memfd, and tell data from holes and zeros. */
+#ifndef MIG_PAGE_SOURCE_H
+#define MIG_PAGE_SOURCE_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+/* A run of pages that are all data or all zero. */
+struct mig_run {
+    uint64_t first_page;
+    uint64_t count_pages;
+    uint64_t digest; /* of a data run, if digests were taken; else 0 */
+    bool is_zero;
+};
+
+/* Pages in a memfd. Reading is safe from several threads. */
+struct mig_page_source;
+
+/** Serve `pages` pages of a memfd, which stays the caller's. Returns 0 or -errno. */
+int mig_page_source_create(int memfd, uint64_t pages, struct mig_page_source **ret);
+void mig_page_source_destroy(struct mig_page_source *source);
+uint64_t mig_page_source_pages(const struct mig_page_source *source);
+
+/**
+ * Take the digest of every page now, and serve these from then on: a page that changes later no longer matches.
+ * The guest must stand still. Not safe beside mig_page_source_read.
+ *
+ * *ret_memory_digest is the sum of mig_digest_memory_term over the pages that are not zero. Returns 0 or -errno.
+ */
+int mig_page_source_take_digests(struct mig_page_source *source, uint64_t *ret_memory_digest);
+
+/**
+ * Read a run of pages as data and zero runs, ascending, without gaps.
+ *
+ * Data lands in `buffer` (count_pages pages) at its page's place; holes are never read. The last run, if it is a hole,
+ * goes on as far as the hole does, beyond the request. `runs` has room for count_pages runs.
+ *
+ * Returns the number of runs, or -errno; -EINVAL if the request does not lie within the source.
+ */
+int mig_page_source_read(struct mig_page_source *source, uint64_t first_page, uint32_t count_pages, void *buffer,
+                         struct mig_run *runs);
+
+#endif

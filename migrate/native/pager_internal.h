@@ -1,0 +1,65 @@
+/* What the parts of the pager share: pager.c (state, claims), pager_faults.c (events), pager_place.c (placement). */
+#ifndef MIG_PAGER_INTERNAL_H
+#define MIG_PAGER_INTERNAL_H
+
+#include <pthread.h>
+
+#include "bitmap.h"
+#include "pager.h"
+#include "units.h"
+
+enum { MIG_RECORD_RING = 1 << 16 };
+
+/* A fault whose page has not come. */
+struct waiter {
+    uint64_t page;
+    uint64_t event_ns;
+    uint64_t sent_ns;
+    uint32_t thread_id;
+    bool is_asking; /* this fault's own request is on its way to the socket */
+};
+
+struct mig_pager {
+    int uffd;
+    int stop_fd;
+    uint64_t region_hva;
+    bool has_fault_thread;
+    pthread_t fault_thread;
+
+    pthread_mutex_t mutex; /* guards all below; never held across an ioctl */
+    pthread_cond_t changed;
+    bool stopped;
+    int error; /* what ended the reading of faults: -errno, or 0 */
+    struct mig_bitmap missing;
+    struct mig_bitmap requested;
+    struct mig_bitmap known_zero;
+    uint64_t run_cursor;
+    uint64_t *urgent; /* claimed by a fault, not yet taken: a stack would starve, so a queue */
+    uint64_t urgent_head, urgent_tail, urgent_capacity;
+    struct waiter *waiters;
+    uint64_t waiter_count, waiter_capacity;
+    struct mig_fault_record *records;
+    uint64_t record_head, record_tail;
+    struct mig_pager_counters counters;
+};
+
+static inline uint64_t mig_page_hva(const struct mig_pager *pager, uint64_t page)
+{
+    return pager->region_hva + mig_page_offset(page);
+}
+
+/** Faults can be read no longer: every waiting call returns the error. */
+void mig_pager_fail(struct mig_pager *pager, int error);
+
+/* ---- under the mutex ---- */
+
+void mig_record_fault(struct mig_pager *pager, const struct waiter *waiter, uint64_t replied_ns, uint64_t placed_ns,
+                      uint32_t kind);
+/** Closes the books on the waiters of [first, first + count). */
+void mig_settle_waiters(struct mig_pager *pager, uint64_t first, uint64_t count, uint64_t replied_ns, uint32_t kind);
+int mig_add_waiter(struct mig_pager *pager, const struct waiter *waiter);
+int mig_push_urgent(struct mig_pager *pager, uint64_t page);
+/** Takes pages off the missing bitmap; returns how many were on it. */
+uint64_t mig_no_longer_missing(struct mig_pager *pager, uint64_t first, uint64_t count);
+
+#endif
