@@ -5,7 +5,6 @@ from typing import Any
 from migrate.native._native import ffi, lib
 
 
-
 class Cap:
     """Spreads bytes over time; what was not used in the last 20 ms is lost, so no burst follows a pause.
 
