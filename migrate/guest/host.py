@@ -154,7 +154,7 @@ class Guest:
             for index in range(self._spec.vcpus):
                 items = self._machine.get_vcpu(index) if self._machine.is_kvm else {}
                 state.vcpus.add(items=[pb.StateItem(name=name, data=data) for name, data in items.items()])
-            return state.SerializeToString(), self.statistics().touches
+            return state.SerializeToString(), self._touches()
 
     def load_state(self, serialized: bytes) -> None:
         """Take over the state of a guest that stopped elsewhere.
@@ -177,12 +177,8 @@ class Guest:
                     self._machine.set_vcpu(index, items)
             self._machine.mailboxes_bytes()[:] = state.mailbox
             for index in range(self._spec.vcpus):
-                mailbox = self._machine.mailbox(index)
-                mailbox.stop = 0
                 # Stalls are those of this host; everything else goes on where it was.
-                mailbox.stall_max_ticks = 0
-                for bucket in range(len(mailbox.stall_histogram)):
-                    mailbox.stall_histogram[bucket] = 0
+                self._machine.forget_stalls(index)
             self._loaded = True
 
     def _check_state(self, state: pb.MachineState) -> list[dict[str, bytes]]:
@@ -234,6 +230,9 @@ class Guest:
                 os.close(self._uffd)
                 self._uffd = None
 
+    def _touches(self) -> int:
+        return sum(self._machine.mailbox(index).touches for index in range(self._spec.vcpus))
+
     def statistics(self) -> types.GuestStatistics:
         """Sums over all vCPUs, from the mailboxes alone."""
         boxes = [self._machine.mailbox(index) for index in range(self._spec.vcpus)]
@@ -248,7 +247,7 @@ class Guest:
                 f" found {wrong.first_error_found:#x}"
             )
         return types.GuestStatistics(
-            touches=sum(box.touches for box in boxes),
+            touches=self._touches(),
             writes=sum(box.writes for box in boxes),
             errors=sum(box.errors for box in boxes) + bool(self._machine.failure),
             stall_us=distribution_of_ticks(buckets, self._machine.tsc_khz, max_ticks, STALL_MIN_US),

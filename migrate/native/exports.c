@@ -1,10 +1,12 @@
 #include "exports.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <pthread.h>
 #include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 static const char BEARER[] = "Bearer ";
 
@@ -14,6 +16,7 @@ struct mig_export {
     char *migration_id;
     char *authorization; /* as the caller must send it */
     struct mig_page_source *source;
+    int memfd;
     unsigned holders, readers;
     bool withdrawn;
 };
@@ -46,6 +49,8 @@ void mig_exports_destroy(struct mig_exports *exports)
 
 static void free_export(struct mig_export *export)
 {
+    if (export->memfd >= 0)
+        close(export->memfd);
     free(export->migration_id);
     free(export->authorization);
     free(export);
@@ -66,12 +71,16 @@ int mig_exports_publish(struct mig_exports *exports, const char *migration_id, c
     struct mig_export *export = calloc(1, sizeof(*export));
     if (!export)
         return -ENOMEM;
-    *export = (struct mig_export){.exports = exports, .source = source, .holders = 1};
+    *export = (struct mig_export){.exports = exports,
+                                  .source = source,
+                                  .memfd = fcntl(mig_page_source_memfd(source), F_DUPFD_CLOEXEC, 0),
+                                  .holders = 1};
     export->migration_id = strdup(migration_id);
     export->authorization = malloc(strlen(BEARER) + strlen(token) + 1);
-    if (!export->migration_id || !export->authorization) {
+    if (!export->migration_id || !export->authorization || export->memfd < 0) {
+        const int rc = export->memfd < 0 ? -errno : -ENOMEM;
         free_export(export);
-        return -ENOMEM;
+        return rc;
     }
     strcpy(stpcpy(export->authorization, BEARER), token);
 
@@ -138,6 +147,11 @@ void mig_export_put(struct mig_export *export)
     pthread_mutex_unlock(&export->exports->mutex);
     if (is_last)
         free_export(export);
+}
+
+int mig_export_memfd(const struct mig_export *export)
+{
+    return export->memfd;
 }
 
 struct mig_page_source *mig_export_enter(struct mig_export *export)

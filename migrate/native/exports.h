@@ -30,6 +30,9 @@ int mig_exports_find(struct mig_exports *exports, const char *migration_id, cons
 /** Let go of an export. NULL is nothing. */
 void mig_export_put(struct mig_export *export);
 
+/** The memory's descriptor, the export's own: open as long as the export is held, whatever becomes of the source. */
+int mig_export_memfd(const struct mig_export *export);
+
 /** Begin to read; NULL if it was withdrawn meanwhile. Every success is paired with mig_export_leave. */
 struct mig_page_source *mig_export_enter(struct mig_export *export);
 void mig_export_leave(struct mig_export *export);

@@ -271,7 +271,11 @@ static void *background_thread(void *argument)
         const uint64_t cap_ns = ask_background(fetch, now_ns, &cap_free_ns);
         mig_link_step(link, false, now_ns); /* writes */
         end_if_complete(link, now_ns);
-        __atomic_store_n(&fetch->is_background_busy, link->order.count != 0, __ATOMIC_RELAXED);
+        const bool is_busy = link->order.count != 0;
+        if (is_busy && !__atomic_exchange_n(&fetch->is_background_busy, true, __ATOMIC_RELAXED))
+            eventfd_write(fetch->urgent.wake_fd, 1); /* to measure its path from now on */
+        else if (!is_busy)
+            __atomic_store_n(&fetch->is_background_busy, false, __ATOMIC_RELAXED);
         if (link->state == MIG_LINK_DONE || link->state == MIG_LINK_FAILED)
             break;
         bool has_fault;

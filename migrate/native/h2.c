@@ -4,7 +4,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/sendfile.h>
 #include <sys/socket.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 #include "h2_internal.h"
@@ -15,31 +17,44 @@ enum { CONTROL_FRAME_BYTES_MAX = 17 << 10 };
 
 /* ---- the batch ---- */
 
-bool mig_h2_batch_has_room(const struct mig_h2 *connection, int iov_count, size_t scratch_bytes)
+bool mig_h2_batch_has_room(const struct mig_h2 *connection, int segments, size_t scratch_bytes)
 {
-    return connection->iov_count + iov_count <= BATCH_IOV_MAX &&
+    return connection->segment_count + segments <= BATCH_SEGMENTS_MAX &&
            connection->scratch_bytes + scratch_bytes <= BATCH_SCRATCH_BYTES;
 }
 
-void mig_h2_batch_refer(struct mig_h2 *connection, const void *bytes, size_t count_bytes)
+/* Adds a segment, or lengthens the last one if it goes on there. */
+static void add_segment(struct mig_h2 *connection, const struct segment *added)
 {
-    struct iovec *last = connection->iov_count ? &connection->iov[connection->iov_count - 1] : NULL;
+    struct segment *last = connection->segment_count ? &connection->segments[connection->segment_count - 1] : NULL;
 
-    if (!count_bytes)
+    if (!added->count_bytes)
         return;
-    if (last && (char *)last->iov_base + last->iov_len == bytes)
-        last->iov_len += count_bytes;
+    if (last && last->fd == added->fd && last->offset + last->count_bytes == added->offset)
+        last->count_bytes += added->count_bytes;
     else
-        connection->iov[connection->iov_count++] = (struct iovec){(void *)bytes, count_bytes};
+        connection->segments[connection->segment_count++] = *added;
+}
+
+void mig_h2_batch_body(struct mig_h2 *connection, struct message *message, size_t count_bytes)
+{
+    const struct segment segment = {
+        .fd = message->fd,
+        .offset = message->offset + message->body_sent, /* an address in memory counts alike */
+        .count_bytes = count_bytes,
+    };
+    add_segment(connection, &segment);
+    message->body_sent += (uint32_t)count_bytes;
 }
 
 void mig_h2_batch_copy(struct mig_h2 *connection, const void *bytes, size_t count_bytes)
 {
     uint8_t *place = connection->scratch + connection->scratch_bytes;
+    const struct segment segment = {.fd = -1, .bytes = place, .count_bytes = count_bytes};
 
     memcpy(place, bytes, count_bytes);
     connection->scratch_bytes += count_bytes;
-    mig_h2_batch_refer(connection, place, count_bytes);
+    add_segment(connection, &segment);
 }
 
 /* Takes from nghttp2 what fits. Returns 0 or -errno. */
@@ -59,30 +74,52 @@ static int fill_batch(struct mig_h2 *connection)
     return 0;
 }
 
+/* Writes what lies in memory up to the next file segment. Returns the bytes written or -errno. */
+static ssize_t write_memory(struct mig_h2 *connection)
+{
+    struct iovec iov[WRITE_IOV_MAX];
+    int count = 0, next = connection->segment_first;
+
+    for (; next < connection->segment_count && connection->segments[next].fd < 0 && count < WRITE_IOV_MAX; next++)
+        iov[count++] = (struct iovec){(void *)connection->segments[next].bytes, connection->segments[next].count_bytes};
+    const struct msghdr message = {.msg_iov = iov, .msg_iovlen = (size_t)count};
+    const int more = next < connection->segment_count ? MSG_MORE : 0;
+    const ssize_t written = sendmsg(connection->fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL | more);
+    return written < 0 ? -errno : written;
+}
+
+static ssize_t write_file(struct mig_h2 *connection)
+{
+    const struct segment *first = &connection->segments[connection->segment_first];
+    off_t offset = (off_t)first->offset;
+    const ssize_t written = sendfile(connection->fd, first->fd, &offset, first->count_bytes);
+
+    if (written == 0)
+        return -EIO; /* the file is shorter than what was promised of it */
+    return written < 0 ? -errno : written;
+}
+
 /* Returns 0 when the batch is written, 1 when the socket is full, or -errno. */
 static int write_batch(struct mig_h2 *connection)
 {
-    while (connection->iov_first < connection->iov_count) {
-        const struct msghdr message = {
-            .msg_iov = connection->iov + connection->iov_first,
-            .msg_iovlen = (size_t)(connection->iov_count - connection->iov_first),
-        };
-        ssize_t written = sendmsg(connection->fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
-        if (written < 0 && errno == EINTR)
+    while (connection->segment_first < connection->segment_count) {
+        const bool is_file = connection->segments[connection->segment_first].fd >= 0;
+        ssize_t written = is_file ? write_file(connection) : write_memory(connection);
+        if (written == -EINTR)
             continue;
         if (written < 0)
-            return errno == EAGAIN ? 1 : -errno;
+            return written == -EAGAIN ? 1 : (int)written;
         connection->wire_bytes += (uint64_t)written;
         while (written > 0) {
-            struct iovec *first = &connection->iov[connection->iov_first];
-            const size_t part = (size_t)written < first->iov_len ? (size_t)written : first->iov_len;
-            first->iov_base = (char *)first->iov_base + part;
-            first->iov_len -= part;
+            struct segment *first = &connection->segments[connection->segment_first];
+            const size_t part = (size_t)written < first->count_bytes ? (size_t)written : first->count_bytes;
+            first->offset += part;
+            first->count_bytes -= part;
             written -= (ssize_t)part;
-            connection->iov_first += !first->iov_len;
+            connection->segment_first += !first->count_bytes;
         }
     }
-    connection->iov_first = connection->iov_count = 0;
+    connection->segment_first = connection->segment_count = 0;
     connection->scratch_bytes = 0;
     return 0;
 }
@@ -112,7 +149,7 @@ int mig_h2_flush(struct mig_h2 *connection)
         }
         if (rc < 0)
             note_errno(connection, rc);
-        if (rc || !connection->iov_count)
+        if (rc || !connection->segment_count)
             return rc;
     }
 }
@@ -147,7 +184,7 @@ int mig_h2_receive(struct mig_h2 *connection, bool may_wait)
 bool mig_h2_is_over(const struct mig_h2 *connection)
 {
     return !nghttp2_session_want_read(connection->session) && !nghttp2_session_want_write(connection->session) &&
-           connection->iov_first == connection->iov_count;
+           connection->segment_first == connection->segment_count;
 }
 
 /* ---- life ---- */

@@ -102,6 +102,13 @@ enum { MIG_H2_QUEUE_MAX = 256 };
 bool mig_h2_send(struct mig_h2_stream *stream, const uint8_t *header, uint32_t header_bytes, const void *body,
                  uint32_t body_bytes);
 
+/**
+ * The same with a body that goes from a file to the socket without a copy (sendfile). The file must stay open, and the
+ * socket be non-blocking, until the stream is freed.
+ */
+bool mig_h2_send_file(struct mig_h2_stream *stream, const uint8_t *header, uint32_t header_bytes, int fd,
+                      uint64_t offset, uint32_t body_bytes);
+
 /** End our side once the queue is written. A server says the status; a client has none to say. Idempotent. */
 void mig_h2_end(struct mig_h2_stream *stream, enum mig_status status, const char *text);
 

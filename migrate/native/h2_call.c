@@ -85,17 +85,32 @@ size_t mig_h2_trailers(const struct mig_h2_stream *stream, nghttp2_nv nv[2], cha
 
 /* ---- sending ---- */
 
-bool mig_h2_send(struct mig_h2_stream *stream, const uint8_t *header, uint32_t header_bytes, const void *body,
-                 uint32_t body_bytes)
+static bool queue(struct mig_h2_stream *stream, const uint8_t *header, uint32_t header_bytes,
+                  const struct message *body)
 {
     if (stream->is_ending || stream->queue_tail - stream->queue_head == MIG_H2_QUEUE_MAX)
         return false;
     struct message *message = &stream->queue[stream->queue_tail++ % MIG_H2_QUEUE_MAX];
-    *message = (struct message){.header_bytes = header_bytes, .body = body, .body_bytes = body_bytes};
+    *message = *body;
     memcpy(message->header, header, header_bytes);
-    stream->queued_bytes += header_bytes + body_bytes;
+    message->header_bytes = header_bytes;
+    stream->queued_bytes += header_bytes + body->body_bytes;
     mig_h2_resume(stream);
     return true;
+}
+
+bool mig_h2_send(struct mig_h2_stream *stream, const uint8_t *header, uint32_t header_bytes, const void *body,
+                 uint32_t body_bytes)
+{
+    const struct message message = {.fd = -1, .body = body, .body_bytes = body_bytes};
+    return queue(stream, header, header_bytes, &message);
+}
+
+bool mig_h2_send_file(struct mig_h2_stream *stream, const uint8_t *header, uint32_t header_bytes, int fd,
+                      uint64_t offset, uint32_t body_bytes)
+{
+    const struct message message = {.fd = fd, .offset = offset, .body_bytes = body_bytes};
+    return queue(stream, header, header_bytes, &message);
 }
 
 uint32_t mig_h2_queued(const struct mig_h2_stream *stream, uint64_t *ret_bytes)
@@ -385,20 +400,24 @@ static const uint8_t *assemble(struct mig_h2_stream *stream, const uint8_t **byt
         *count_bytes -= part;
         return start;
     }
-    if (stream->assembly_capacity < stream->message_bytes) {
-        uint8_t *grown = realloc(stream->assembly, stream->message_bytes);
-        if (!grown) {
+    /* Its end lies on a page boundary, and so do the pages that end it: the kernel copies these much faster. */
+    const size_t lead_bytes = -stream->message_bytes % MIG_PAGE_SIZE_BYTES;
+    const size_t needed_bytes = lead_bytes + stream->message_bytes;
+    if (stream->assembly_capacity < needed_bytes) {
+        free(stream->assembly); /* nothing of the message is in it: its length was known before its first byte */
+        stream->assembly = aligned_alloc(MIG_PAGE_SIZE_BYTES, needed_bytes);
+        stream->assembly_capacity = stream->assembly ? needed_bytes : 0;
+        if (!stream->assembly) {
             mig_h2_explain(stream, "out of memory");
             return NULL;
         }
-        stream->assembly = grown;
-        stream->assembly_capacity = stream->message_bytes;
     }
-    memcpy(stream->assembly + stream->assembled_bytes, start, part);
+    uint8_t *message = stream->assembly + lead_bytes;
+    memcpy(message + stream->assembled_bytes, start, part);
     stream->assembled_bytes += part;
     *bytes += part;
     *count_bytes -= part;
-    return stream->assembled_bytes == stream->message_bytes ? stream->assembly : NULL;
+    return stream->assembled_bytes == stream->message_bytes ? message : NULL;
 }
 
 bool mig_h2_call_bytes(struct mig_h2_stream *stream, const uint8_t *bytes, size_t count_bytes)

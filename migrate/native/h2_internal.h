@@ -3,19 +3,32 @@
 #define MIG_H2_INTERNAL_H
 
 #include <nghttp2/nghttp2.h>
-#include <sys/uio.h>
 
 #include "h2.h"
 #include "wire.h"
 
-enum { BATCH_IOV_MAX = 256, BATCH_SCRATCH_BYTES = 64 << 10, ERROR_BYTES = 256 };
+enum { BATCH_SEGMENTS_MAX = 256, WRITE_IOV_MAX = 128, BATCH_SCRATCH_BYTES = 64 << 10, ERROR_BYTES = 256 };
 
 /* A message on its way out. */
 struct message {
     uint8_t header[MIG_WIRE_HEADER_BYTES_MAX];
     uint32_t header_bytes, header_sent;
-    const uint8_t *body;
+    int fd; /* of a body in a file, else -1 */
+    union {
+        const uint8_t *body;
+        uint64_t offset;
+    };
     uint32_t body_bytes, body_sent;
+};
+
+/* A part of what goes out: bytes in memory, or, with fd >= 0, in a file. */
+struct segment {
+    int fd;
+    union {
+        const uint8_t *bytes;
+        uint64_t offset;
+    };
+    size_t count_bytes;
 };
 
 struct mig_h2_stream {
@@ -68,9 +81,9 @@ struct mig_h2 {
     bool is_greeted, is_leaving, is_broken;
     char error[ERROR_BYTES];
 
-    /* What goes out with the next writev: frame headers and small frames in scratch, bodies where they lie. */
-    struct iovec iov[BATCH_IOV_MAX];
-    int iov_count, iov_first;
+    /* What goes out next: frame headers and small frames in scratch, bodies where they lie. */
+    struct segment segments[BATCH_SEGMENTS_MAX];
+    int segment_count, segment_first;
     uint8_t scratch[BATCH_SCRATCH_BYTES];
     size_t scratch_bytes;
 };
@@ -99,8 +112,9 @@ void mig_h2_call_fail(struct mig_h2_stream *stream, enum mig_status status);
 size_t mig_h2_trailers(const struct mig_h2_stream *stream, nghttp2_nv nv[2], char text[3 * MIG_STATUS_TEXT_BYTES]);
 
 /* h2.c */
-bool mig_h2_batch_has_room(const struct mig_h2 *connection, int iov_count, size_t scratch_bytes);
+bool mig_h2_batch_has_room(const struct mig_h2 *connection, int segments, size_t scratch_bytes);
 void mig_h2_batch_copy(struct mig_h2 *connection, const void *bytes, size_t count_bytes);
-void mig_h2_batch_refer(struct mig_h2 *connection, const void *bytes, size_t count_bytes);
+/** The next part of a message's body, which is not copied. */
+void mig_h2_batch_body(struct mig_h2 *connection, struct message *message, size_t count_bytes);
 
 #endif

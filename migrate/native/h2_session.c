@@ -7,7 +7,7 @@
 
 /* A frame's worth of messages is gathered at a time, so that any frame fits into an empty batch. */
 enum { FRAME_MESSAGES_MAX = 64, FRAME_HEADER_BYTES = 9, RESETS_MAX = 1000 };
-_Static_assert(2 * FRAME_MESSAGES_MAX + 1 <= BATCH_IOV_MAX, "the iovecs of a frame fit into a batch");
+_Static_assert(2 * FRAME_MESSAGES_MAX + 1 <= BATCH_SEGMENTS_MAX, "the segments of a frame fit into a batch");
 
 /* ---- streams ---- */
 
@@ -102,8 +102,7 @@ static int send_data(nghttp2_session *session, nghttp2_frame *frame, const uint8
         length -= header_part;
         const size_t body_left = message->body_bytes - message->body_sent;
         const size_t body_part = body_left < length ? body_left : length;
-        mig_h2_batch_refer(connection, message->body + message->body_sent, body_part);
-        message->body_sent += (uint32_t)body_part;
+        mig_h2_batch_body(connection, message, body_part);
         length -= body_part;
         if (message->header_sent == message->header_bytes && message->body_sent == message->body_bytes)
             stream->queue_head++;
@@ -224,6 +223,8 @@ static int on_frame_recv(nghttp2_session *session, const nghttp2_frame *frame, v
         break;
     case NGHTTP2_GOAWAY:
         connection->is_leaving = true;
+        if (frame->goaway.error_code == NGHTTP2_NO_ERROR && connection->role == MIG_H2_SERVER)
+            break; /* a client that is through */
         snprintf(connection->error, sizeof(connection->error), "the peer said GOAWAY: %s%s%.*s",
                  nghttp2_http2_strerror(frame->goaway.error_code), frame->goaway.opaque_data_len ? ": " : "",
                  (int)(frame->goaway.opaque_data_len < 64 ? frame->goaway.opaque_data_len : 64),

@@ -126,6 +126,12 @@ class Machine:
         """The mailbox of one vCPU, a struct mig_mailbox."""
         return self._mailboxes[vcpu]
 
+    def forget_stalls(self, vcpu: int) -> None:
+        """Let a vCPU that comes from elsewhere time its touches from here on."""
+        mailbox = self._mailboxes[vcpu]
+        mailbox.stop = mailbox.stall_max_ticks = 0
+        ffi.buffer(mailbox.stall_histogram)[:] = bytes(ffi.sizeof(mailbox.stall_histogram))
+
     def mailboxes_bytes(self) -> Any:
         """All mailboxes as one writable buffer."""
         return ffi.buffer(self._mailboxes, self.vcpus * MAILBOX_BYTES)

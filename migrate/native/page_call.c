@@ -3,13 +3,12 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/resource.h>
 
 #include "units.h"
 #include "wire.h"
 
 static const char PATH[] = "/migrate.v1.PageService/FetchPages";
-enum { BUFFER_PAGES_MIN = 32, BULK_NICE = 10 };
+enum { BUFFER_PAGES_MIN = 32, SENDFILE_PAGES_MIN = 4 };
 /* What is read ahead of the socket: enough to keep it busy, little enough that a request is not read long before. */
 static const uint64_t READ_AHEAD_BYTES = 256 << 10;
 
@@ -78,6 +77,11 @@ uint64_t mig_page_call_data_pages(const struct mig_page_call *call)
     return call ? call->data_pages : 0;
 }
 
+bool mig_page_call_is_bulk(const struct mig_page_call *call)
+{
+    return call && call->is_bulk;
+}
+
 void mig_page_call_no_more(struct mig_page_call *call)
 {
     call->no_more = true;
@@ -117,17 +121,21 @@ enum mig_status mig_page_call_request(struct mig_page_call *call, struct mig_h2_
     }
     call->asked[(call->asked_head + call->asked_count++) % call->asked_capacity] =
         (struct asked){request, MIG_PREFIX_BYTES + bytes};
-    if (request.page_count > 1 && !call->is_bulk) {
-        call->is_bulk = true;
-        setpriority(PRIO_PROCESS, 0, BULK_NICE); /* of this thread alone, on Linux */
-    }
+    call->is_bulk |= request.page_count > 1;
     return MIG_STATUS_OK;
 }
 
 /* ---- answers ---- */
 
-static void send_run(struct mig_h2_stream *stream, const struct mig_fetch_request *request, const struct mig_run *run,
-                     const uint8_t *pages)
+/* A few pages are copied at once; more are left where they are until the socket takes them. */
+static bool is_sent_from_file(uint32_t count_pages)
+{
+    return count_pages >= SENDFILE_PAGES_MIN;
+}
+
+/* Queues one run; its pages lie in `pages`, or, if that is NULL, are sent straight from the memfd. */
+static void send_run(const struct mig_page_call *call, struct mig_h2_stream *stream,
+                     const struct mig_fetch_request *request, const struct mig_run *run, const uint8_t *pages)
 {
     uint8_t header[MIG_WIRE_HEADER_BYTES_MAX];
     const struct mig_fetch_response response = {
@@ -139,16 +147,22 @@ static void send_run(struct mig_h2_stream *stream, const struct mig_fetch_reques
         .content = run->is_zero ? MIG_CONTENT_ZERO : MIG_CONTENT_DATA,
         .data_bytes = run->is_zero ? 0 : mig_page_offset(run->count_pages),
     };
-    const size_t header_bytes = mig_wire_encode_response(&response, header);
-    const uint8_t *body = run->is_zero ? NULL : pages + mig_page_offset(run->first_page - request->first_page);
-    mig_h2_send(stream, header, (uint32_t)header_bytes, body, (uint32_t)response.data_bytes);
+    const uint32_t header_bytes = (uint32_t)mig_wire_encode_response(&response, header);
+    if (run->is_zero)
+        mig_h2_send(stream, header, header_bytes, NULL, 0);
+    else if (pages)
+        mig_h2_send(stream, header, header_bytes, pages + mig_page_offset(run->first_page - request->first_page),
+                    (uint32_t)response.data_bytes);
+    else
+        mig_h2_send_file(stream, header, header_bytes, mig_export_memfd(call->export), mig_page_offset(run->first_page),
+                         (uint32_t)response.data_bytes);
 }
 
 /* Reads and queues the answers to one request. */
 static enum mig_status answer(struct mig_page_call *call, struct mig_h2_stream *stream,
                               const struct mig_fetch_request *request)
 {
-    uint8_t *pages = call->buffer + mig_page_offset(call->used_pages);
+    uint8_t *pages = is_sent_from_file(request->page_count) ? NULL : call->buffer + mig_page_offset(call->used_pages);
 
     if (request->region != 0) {
         mig_h2_explain(stream, "the guest has one RAM region, number 0, not number %u", request->region);
@@ -160,9 +174,10 @@ static enum mig_status answer(struct mig_page_call *call, struct mig_h2_stream *
         return MIG_STATUS_NOT_FOUND;
     }
     const uint64_t pages_total = mig_page_source_pages(source);
-    const int found = request->page_count <= MIG_REQUEST_PAGES_MAX
-                          ? mig_page_source_read(source, request->first_page, request->page_count, pages, call->runs)
-                          : -EINVAL;
+    int found = -EINVAL;
+    if (request->page_count <= MIG_REQUEST_PAGES_MAX)
+        found = pages ? mig_page_source_read(source, request->first_page, request->page_count, pages, call->runs)
+                      : mig_page_source_scan(source, request->first_page, request->page_count, call->runs);
     mig_export_leave(call->export);
     if (found == -EINVAL) {
         mig_h2_explain(stream, "%u pages from page %llu are not a request of 1 to %d pages within the guest's %llu",
@@ -175,10 +190,11 @@ static enum mig_status answer(struct mig_page_call *call, struct mig_h2_stream *
         return MIG_STATUS_INTERNAL;
     }
     for (int i = 0; i < found; i++) {
-        send_run(stream, request, &call->runs[i], pages);
+        send_run(call, stream, request, &call->runs[i], pages);
         call->data_pages += call->runs[i].is_zero ? 0 : call->runs[i].count_pages;
     }
-    call->used_pages += request->page_count;
+    if (pages)
+        call->used_pages += request->page_count;
     return MIG_STATUS_OK;
 }
 
@@ -187,8 +203,8 @@ static bool has_room(struct mig_page_call *call, uint32_t wanted_pages, bool is_
 {
     if (is_empty)
         call->used_pages = 0;
-    if (wanted_pages > MIG_REQUEST_PAGES_MAX)
-        return true; /* it will be refused */
+    if (is_sent_from_file(wanted_pages))
+        return true;
     if (call->used_pages + wanted_pages <= call->buffer_pages)
         return true;
     if (call->used_pages)

@@ -26,5 +26,7 @@ void mig_page_call_no_more(struct mig_page_call *call);
 bool mig_page_call_work(struct mig_page_call *call, struct mig_h2_stream *stream);
 
 uint64_t mig_page_call_data_pages(const struct mig_page_call *call);
+/** Whether it asks for runs, not for single pages: then its socket must be non-blocking. */
+bool mig_page_call_is_bulk(const struct mig_page_call *call);
 
 #endif

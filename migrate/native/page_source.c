@@ -14,7 +14,7 @@ enum { DIGEST_BATCH_PAGES = 256 };
 struct mig_page_source {
     int memfd;
     uint64_t pages;
-    void *mapping;          /* for mincore alone: a read through it would populate holes */
+    void *mapping;          /* for mincore and resident pages: a read of a hole would populate it */
     uint64_t *page_digests; /* NULL until taken; 0 for a zero page */
 };
 
@@ -100,7 +100,23 @@ static void append_run(struct mig_run *runs, int *run_count, uint64_t first_page
         runs[(*run_count)++] = (struct mig_run){first_page, count_pages, 0, is_zero};
 }
 
-int mig_page_source_read(struct mig_page_source *source, uint64_t first_page, uint32_t count_pages, void *buffer,
+/* Splits resident pages into runs; with a buffer, reads them there first. Returns 0 or -errno. */
+static int64_t split_data(struct mig_page_source *source, uint64_t first, uint64_t count, char *buffer,
+                          struct mig_run *runs, int *run_count)
+{
+    char *pages = buffer ? buffer : (char *)source->mapping + mig_page_offset(first);
+    const int64_t rc = buffer ? read_pages(source, first, count, buffer) : 0;
+
+    for (uint64_t i = 0; rc >= 0 && i < count; i++)
+        append_run(runs, run_count, first + i, 1, mig_page_is_zero(pages + mig_page_offset(i)));
+    /* What was looked at through the mapping must not count as the daemon's memory. */
+    if (!buffer)
+        madvise(pages, mig_page_offset(count), MADV_DONTNEED);
+    return rc;
+}
+
+/* Splits a request into runs. `buffer` is where its pages are read to, or NULL. */
+static int split_request(struct mig_page_source *source, uint64_t first_page, uint32_t count_pages, char *buffer,
                          struct mig_run *runs)
 {
     if (!count_pages || first_page >= source->pages || count_pages > source->pages - first_page)
@@ -126,13 +142,11 @@ int mig_page_source_read(struct mig_page_source *source, uint64_t first_page, ui
             page = (uint64_t)next;
             continue;
         }
-        char *data = (char *)buffer + mig_page_offset(page - first_page);
         const uint64_t run = (uint64_t)rc;
-        rc = read_pages(source, page, run, data);
+        rc = split_data(source, page, run, buffer ? buffer + mig_page_offset(page - first_page) : NULL, runs,
+                        &run_count);
         if (rc < 0)
             break;
-        for (uint64_t i = 0; i < run; i++)
-            append_run(runs, &run_count, page + i, 1, mig_page_is_zero(data + mig_page_offset(i)));
         page += run;
     }
     free(core);
@@ -142,6 +156,23 @@ int mig_page_source_read(struct mig_page_source *source, uint64_t first_page, ui
         if (!runs[i].is_zero)
             runs[i].digest = mig_digest_run(source->page_digests + runs[i].first_page, runs[i].count_pages);
     return run_count;
+}
+
+int mig_page_source_read(struct mig_page_source *source, uint64_t first_page, uint32_t count_pages, void *buffer,
+                         struct mig_run *runs)
+{
+    return split_request(source, first_page, count_pages, buffer, runs);
+}
+
+int mig_page_source_scan(struct mig_page_source *source, uint64_t first_page, uint32_t count_pages,
+                         struct mig_run *runs)
+{
+    return split_request(source, first_page, count_pages, NULL, runs);
+}
+
+int mig_page_source_memfd(const struct mig_page_source *source)
+{
+    return source->memfd;
 }
 
 int mig_page_source_take_digests(struct mig_page_source *source, uint64_t *ret_memory_digest)

@@ -40,4 +40,13 @@ int mig_page_source_take_digests(struct mig_page_source *source, uint64_t *ret_m
 int mig_page_source_read(struct mig_page_source *source, uint64_t first_page, uint32_t count_pages, void *buffer,
                          struct mig_run *runs);
 
+/**
+ * Tell data from zeros in a run, as mig_page_source_read does, but read only as much as that takes: what is data is
+ * left to be sent from mig_page_source_memfd.
+ */
+int mig_page_source_scan(struct mig_page_source *source, uint64_t first_page, uint32_t count_pages,
+                         struct mig_run *runs);
+
+int mig_page_source_memfd(const struct mig_page_source *source);
+
 #endif

@@ -5,10 +5,12 @@
 #include <netdb.h>
 #include <poll.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -16,7 +18,7 @@
 #include "tcp.h"
 #include "units.h"
 
-enum { CONNECTIONS_MAX = 64, EVENTS_MAX = 16, TICK_MS = 1000, PEER_NAME_BYTES = 96 };
+enum { CONNECTIONS_MAX = 64, EVENTS_MAX = 16, TICK_MS = 1000, BULK_NICE = 10, PEER_NAME_BYTES = 96 };
 /* Without a call, or with a peer that does not read, a connection is given up; a call may last for ever. */
 static const uint64_t IDLE_NS = 60ull * 1000000000u, STUCK_NS = 20ull * 1000000000u;
 
@@ -34,6 +36,7 @@ struct connection {
     int fd;
     char peer[PEER_NAME_BYTES];
     struct mig_h2 *h2;
+    bool is_bulk;
     uint64_t busy_ns;     /* when a call was last open */
     uint64_t progress_ns; /* when the peer last took everything that we had to say */
 };
@@ -151,6 +154,14 @@ static void on_free(void *user, struct mig_h2_stream *stream)
     mig_page_call_free(call_of(stream));
 }
 
+/* A connection that asks for runs lets those go first that ask for single pages. */
+static void become_bulk(struct connection *connection)
+{
+    connection->is_bulk = true;
+    fcntl(connection->fd, F_SETFL, O_NONBLOCK);
+    setpriority(PRIO_PROCESS, 0, BULK_NICE); /* of this thread alone, on Linux */
+}
+
 /* Answers what is asked, ends what is late. Returns whether there is something new to write. */
 static bool work(struct connection *connection, uint64_t now_ns)
 {
@@ -160,6 +171,8 @@ static bool work(struct connection *connection, uint64_t now_ns)
          stream = mig_h2_next_stream(connection->h2, stream)) {
         const uint64_t deadline_ns = mig_h2_deadline_ns(stream);
         connection->busy_ns = now_ns;
+        if (mig_page_call_is_bulk(call_of(stream)) && !connection->is_bulk)
+            become_bulk(connection);
         if (deadline_ns && now_ns >= deadline_ns) {
             mig_h2_end(stream, MIG_STATUS_DEADLINE_EXCEEDED, "the call's deadline has passed");
             worked = true;
@@ -201,7 +214,7 @@ static int wait_and_receive(struct connection *connection, uint64_t now_ns, bool
     struct pollfd poll_fd = {.fd = connection->fd, .events = (short)(is_full ? POLLIN | POLLOUT : POLLIN)};
 
     /* The usual case costs one system call: SO_RCVTIMEO is a tick. */
-    if (!is_full && sleep_ms == TICK_MS)
+    if (!is_full && sleep_ms == TICK_MS && !connection->is_bulk)
         return mig_h2_receive(connection->h2, true);
     if (poll(&poll_fd, 1, sleep_ms) < 0 && errno != EINTR)
         return -errno;
@@ -269,7 +282,12 @@ static void *connection_thread(void *argument)
 {
     struct connection *connection = argument;
 
+    sigset_t broken_pipe;
+
     pthread_setname_np(pthread_self(), "mig-serve");
+    sigemptyset(&broken_pipe);
+    sigaddset(&broken_pipe, SIGPIPE); /* sendfile has no MSG_NOSIGNAL */
+    pthread_sigmask(SIG_BLOCK, &broken_pipe, NULL);
     const char *reason = serve(connection);
     if (reason) {
         COUNT(connection->server, connections_failed, 1);
