@@ -1,0 +1,140 @@
+"""One migration between two daemons of ours, of a guest with the same workload as QEMU's."""
+
+import contextlib
+import json
+import os
+import select
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench_common import BenchError, Host, Link, process, run, wait_until
+
+_NAME = "bench"
+_START_S, _POPULATE_S, _MIGRATE_S = 20, 120, 120
+_STALLS = ("mean", "p50", "p90", "p99", "p999", "max")
+
+
+@dataclass(frozen=True, slots=True)
+class GuestShape:
+    """The guest that is moved: uniform touches, half of them writes.
+
+    Attributes:
+        memory_bytes: Its RAM.
+        working_set_bytes: What it touches; 0 is all that the layout leaves.
+        vcpus: How many.
+        touches_before: Touches after population before it is moved.
+    """
+
+    memory_bytes: int
+    working_set_bytes: int = 0
+    vcpus: int = 1
+    touches_before: int = 0
+
+
+class Daemon:
+    """A `migrate daemon` in a namespace, asked through the command line in that namespace."""
+
+    def __init__(self, host: Host, address: str, pid: int) -> None:
+        self._host = host
+        self.address = address
+        self.pid = pid
+
+    def cpu_s(self) -> float:
+        """Processor time so far, of all threads: proc_pid_stat(5)."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def memory_kib(self, field: str) -> int:
+        """A field of proc_pid_status(5): VmHWM, RssAnon, ..."""
+        for line in Path(f"/proc/{self.pid}/status").read_text(encoding="utf-8").splitlines():
+            if line.startswith(f"{field}:"):
+                return int(line.split()[1])
+        raise BenchError(f"/proc/{self.pid}/status has no {field}")
+
+    def run(self, *words: str, deadline_s: float = 30) -> str:
+        """Run a command of ours against this daemon."""
+        command = [*self._host.inside, sys.executable, "-m", "migrate", *words, "--daemon", self.address]
+        return run(command, deadline_s)
+
+    def json(self, *words: str, deadline_s: float = 30) -> dict[str, Any]:
+        """The same, with the JSON that it ends with."""
+        answer: dict[str, Any] = json.loads(self.run(*words, "--json", deadline_s=deadline_s).splitlines()[-1])
+        return answer
+
+
+def migrate_with_ours(guest: GuestShape, options: Sequence[str], link: Link, directory: Path) -> dict[str, float]:
+    """Move a guest once; the figures of qemu_peer.migrate_with_qemu, from our report, and what it cost the daemons.
+
+    Raises:
+        BenchError: it failed, or the guest's memory was wrong afterwards.
+    """
+    with contextlib.ExitStack() as stack:
+        source = stack.enter_context(_daemon(link.source, directory / "source.log"))
+        spec = ["--kind", "kvm", "--memory", str(guest.memory_bytes), "--vcpus", str(guest.vcpus)]
+        spec += ["--working-set", str(guest.working_set_bytes)] if guest.working_set_bytes else []
+        spec += ["--workload", "uniform", "--write-ratio", "0.5"]
+        source.run("guest", "create", _NAME, *spec)
+        wait_until(
+            lambda: source.json("guest", "show", _NAME)["state"] == "running", _POPULATE_S, "our guest to populate"
+        )
+        wait_until(
+            lambda: source.json("guest", "stats", _NAME)["touches"] >= guest.touches_before,
+            _POPULATE_S,
+            "our guest to run",
+        )
+        destination = stack.enter_context(_daemon(link.destination, directory / "destination.log"))
+        # It follows the migration, which costs some processor time; that is how people run it, so it counts.
+        words = ["start", _NAME, "--to", destination.address, "--mode", "postcopy", *options]
+        before_s = source.cpu_s() + destination.cpu_s()
+        report = source.json(*words, deadline_s=_MIGRATE_S)
+        daemons_cpu_s = source.cpu_s() + destination.cpu_s() - before_s
+        memory_kib = {
+            f"{name}_{field}_kib": daemon.memory_kib(field)
+            for name, daemon in (("source", source), ("destination", destination))
+            for field in ("VmHWM", "RssAnon")
+        }
+        _check(report, destination)
+    stalls, latencies = report["guest_stall_us"], report["fault_latency_us"]
+    return {
+        **memory_kib,
+        "daemons_cpu_s": daemons_cpu_s,
+        **{f"fault_{name}_us": float(latencies[name]) for name in ("p50", "p99")},
+        **{f"stall_{name}_us": float(stalls[name]) for name in _STALLS},
+        "stalls": stalls["count"],
+        "stalled_us": round(stalls["mean"] * stalls["count"], 1),
+        "downtime_us": report["downtime_us"],
+        # postcopy_us begins where downtime_us ends, and ends with END, which says that every page is there.
+        "total_us": report["downtime_us"] + report["postcopy_us"],
+        "bytes_on_wire": report["bytes_on_wire"],
+        "urgent_pages": report["pages"]["urgent"],
+    }
+
+
+def _check(report: dict[str, Any], destination: Daemon) -> None:
+    if report["state"] != "completed" or report["guest_errors"]:
+        raise BenchError(f"our migration: {report['state']}, {report['guest_errors']} errors of the guest")
+    statistics = destination.json("guest", "stats", _NAME, "--audit", deadline_s=_MIGRATE_S)
+    if statistics["errors"] or statistics["touches"] <= report["guest_touches"]:
+        raise BenchError(f"our guest at the destination: {statistics}")
+
+
+@contextlib.contextmanager
+def _daemon(host: Host, log: Path) -> Iterator[Daemon]:
+    ready, ready_far = os.pipe()
+    command = [*host.inside, sys.executable, "-m", "migrate", "daemon", "--listen", f"{host.address}:0", "--insecure"]
+    with contextlib.ExitStack() as stack:
+        stream = stack.enter_context(os.fdopen(ready))
+        try:
+            started = stack.enter_context(
+                process([*command, "--ready-fd", str(ready_far)], pass_fds=[ready_far], log=log)
+            )
+        finally:
+            os.close(ready_far)
+        line = stream.readline() if select.select([ready], [], [], _START_S)[0] else ""
+        if not line:
+            raise BenchError(f"a daemon of ours does not start: {log.read_text(errors='replace').strip()[-500:]}")
+        # setpriv and `ip netns exec` become what they start, so the process is the daemon.
+        yield Daemon(host, json.loads(line)["listen"], started.pid)
