@@ -1,6 +1,7 @@
 """The destination's data path: fault thread, missing bitmap, placement. All work is done in C with the GIL dropped."""
 
 import errno
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -10,6 +11,9 @@ from migrate.native._native import ffi, lib
 
 _CLAIM_MAX = 256
 _DRAIN_MAX = 4096
+_RECORD_BYTES = 48
+_RECORD_WORDS = _RECORD_BYTES // 8
+_EVENT, _PLACED, _KIND = 1, 4, 5
 
 
 class PageKind(IntEnum):
@@ -19,6 +23,9 @@ class PageKind(IntEnum):
     URGENT = 1
     BACKGROUND = 2
     PRESENT = 3
+
+
+_PRESENT = PageKind.PRESENT.value
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +67,31 @@ class FaultRecord:
     kind: PageKind
 
 
+class FaultBatch:
+    """Fault records as they lie in C, read without making an object of each.
+
+    Args:
+        raw: struct mig_fault_record, back to back.
+    """
+
+    def __init__(self, raw: bytes) -> None:
+        self._words = memoryview(raw).cast("Q")
+
+    def __len__(self) -> int:
+        return len(self._words) // _RECORD_WORDS
+
+    def __iter__(self) -> Iterator[FaultRecord]:
+        for index in range(0, len(self._words), _RECORD_WORDS):
+            page, event_ns, sent_ns, replied_ns, placed_ns, last = self._words[index : index + _RECORD_WORDS]
+            kind, thread_id = divmod(last, 1 << 32)
+            yield FaultRecord(page, event_ns, sent_ns, replied_ns, placed_ns, thread_id, PageKind(kind))
+
+    def latencies_us(self) -> list[float]:
+        """Kernel event read to page placed, of every fault whose page had not come before its event was read."""
+        columns = (self._words[column::_RECORD_WORDS] for column in (_EVENT, _PLACED, _KIND))
+        return [(placed - event) / 1000 for event, placed, last in zip(*columns, strict=True) if last >> 32 != _PRESENT]
+
+
 class PagerStoppedError(Exception):
     """A waiting call ended because the pager was stopped, or no page is missing any more."""
 
@@ -74,6 +106,7 @@ class Pager:
         ret = ffi.new("struct mig_pager **")
         _check("make a pager", lib.mig_pager_create(uffd, region_hva, pages, ret))
         self._pager = ret[0]
+        self._records: Any = ffi.new("struct mig_fault_record[]", _DRAIN_MAX)
         self.pages = pages
 
     @property
@@ -142,16 +175,12 @@ class Pager:
         shared = lib.mig_pager_counters(self._pager)
         return PagerCounters(**{name: getattr(shared, name) for name in PagerCounters.__slots__})
 
-    def drain_records(self) -> list[FaultRecord]:
+    def drain_records(self) -> "FaultBatch":
         """Take out the fault records gathered since the last call, oldest first."""
-        records: Any = ffi.new("struct mig_fault_record[]", _DRAIN_MAX)
-        drained: list[FaultRecord] = []
-        while count := lib.mig_pager_drain_records(self._pager, records, _DRAIN_MAX):
-            drained.extend(
-                FaultRecord(r.page, r.event_ns, r.sent_ns, r.replied_ns, r.placed_ns, r.thread_id, PageKind(r.kind))
-                for r in (records[index] for index in range(count))
-            )
-        return drained
+        drained = bytearray()
+        while count := lib.mig_pager_drain_records(self._pager, self._records, _DRAIN_MAX):
+            drained += ffi.buffer(self._records, count * _RECORD_BYTES)
+        return FaultBatch(bytes(drained))
 
     def stop(self) -> None:
         """End the fault thread and every waiting call. Idempotent."""

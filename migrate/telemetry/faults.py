@@ -1,9 +1,8 @@
 """Fault latencies of one migration: every one is kept, so that percentiles are exact."""
 
 from array import array
-from collections.abc import Iterable
 
-from migrate.native.pager import FaultRecord, PageKind
+from migrate.native.pager import FaultBatch
 from migrate.telemetry.histogram import distribution_of
 from migrate.v1 import types_pb2 as types
 
@@ -17,11 +16,9 @@ class FaultLatencies:
     def __init__(self) -> None:
         self._latencies_us = array("f")
 
-    def add(self, records: Iterable[FaultRecord]) -> None:
+    def add(self, records: FaultBatch) -> None:
         """Take in what the pager recorded."""
-        self._latencies_us.extend(
-            (record.placed_ns - record.event_ns) / 1000 for record in records if record.kind is not PageKind.PRESENT
-        )
+        self._latencies_us.extend(records.latencies_us())
 
     @property
     def count(self) -> int:
