@@ -7,15 +7,14 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
-#include <sys/resource.h>
 #include <unistd.h>
 
 #include "fetch_internal.h"
 #include "units.h"
 
-enum { URGENT_BATCH = 64, BACKGROUND_NICE = 10, LINKS = 2 };
+enum { URGENT_BATCH = 64, LINKS = 2 };
 /* How often the urgent path is measured with a PING while no fault measures it. */
-static const uint64_t PROBE_NS = 4000000;
+static const uint64_t PROBE_NS = 2000000;
 
 /* ---- between the threads ---- */
 
@@ -214,6 +213,9 @@ static uint64_t ask_background(struct mig_fetch *fetch, uint64_t now_ns, uint64_
 
     if (now_ns < *cap_free_ns)
         return *cap_free_ns - now_ns;
+    /* Requests leave in bunches: one that leaves alone costs a system call here and a wake-up there. */
+    if (mig_page_offset(link->order.open_pages) > fetch->window.bytes / 4 * 3)
+        return 0;
     while (link->state == MIG_LINK_CALLING && mig_page_offset(link->order.open_pages) < fetch->window.bytes) {
         uint64_t first_page, queued_bytes;
         if (mig_h2_queued(link->stream, &queued_bytes) == MIG_H2_QUEUE_MAX)
@@ -262,7 +264,6 @@ static void *background_thread(void *argument)
     uint64_t cap_free_ns = 0;
 
     pthread_setname_np(pthread_self(), "mig-background");
-    setpriority(PRIO_PROCESS, 0, BACKGROUND_NICE); /* of this thread alone, on Linux: faults go first */
     mig_window_init(&fetch->window, mig_now_ns(), fetch->greeting_rtt_ns);
     mig_link_call(link, mig_now_ns());
     while (!is_stopping(fetch) && link->state != MIG_LINK_DONE && link->state != MIG_LINK_FAILED) {

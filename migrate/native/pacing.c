@@ -3,6 +3,7 @@
 #include "units.h"
 
 enum {
+    RTTS_TO_START = 2,
     RTTS_ENOUGH = 16, /* the smallest of so many is not the CPUs' doing, mostly */
     FOREIGN_FADES = 16,
     SHRINKS_BY = 4, /* at most so large a part of the window at a time: what is foreign shows in between */
@@ -13,7 +14,7 @@ enum {
     BURST_US = 20000,
 };
 static const uint64_t SECOND_NS = 1000000000u;
-static const uint64_t WINDOW_BYTES_FIRST = 128 << 10, WINDOW_BYTES_MIN = 16 << 10;
+static const uint64_t WINDOW_BYTES_FIRST = 64 << 10, WINDOW_BYTES_MIN = 16 << 10;
 /* Without a long path, more in flight than this only delays faults on pages that are on their way. */
 static const uint64_t WINDOW_BYTES_ENOUGH = 1 << 20, WINDOW_BYTES_MAX = 16 << 20;
 static const uint64_t QUEUE_TARGET_NS = 200000;
@@ -48,7 +49,7 @@ static void resize(struct mig_window *window, uint64_t bytes)
 
 void mig_window_init(struct mig_window *window, uint64_t now_ns, uint64_t base_rtt_ns)
 {
-    *window = (struct mig_window){.epoch_begin_ns = now_ns, .base_rtt_ns = base_rtt_ns};
+    *window = (struct mig_window){.epoch_begin_ns = now_ns, .base_rtt_ns = base_rtt_ns, .is_starting = true};
     resize(window, WINDOW_BYTES_FIRST);
 }
 
@@ -61,8 +62,9 @@ bool mig_window_is_due(const struct mig_window *window, uint64_t now_ns, uint64_
 {
     const uint64_t elapsed_ns = now_ns - window->epoch_begin_ns;
     const uint64_t least_ns = larger(EPOCH_NS_MIN, 2 * window->base_rtt_ns);
+    const uint64_t enough = window->is_starting ? RTTS_TO_START : RTTS_ENOUGH;
 
-    return elapsed_ns >= least_ns && (rtt_count >= RTTS_ENOUGH || elapsed_ns >= EPOCH_NS_PATIENT);
+    return elapsed_ns >= least_ns && (rtt_count >= enough || elapsed_ns >= EPOCH_NS_PATIENT);
 }
 
 static void measure_rate(struct mig_window *window, uint64_t now_ns)
@@ -104,7 +106,10 @@ void mig_window_tick(struct mig_window *window, uint64_t now_ns, struct mig_rtts
     const uint64_t target_ns = larger(QUEUE_TARGET_NS, window->base_rtt_ns / 4);
     const uint64_t before_bytes = window->bytes;
     window->expected_drop_ns = 0;
-    if (window->queue_ns > target_ns) {
+    window->is_starting &= window->queue_ns < target_ns / 2;
+    if (window->is_starting) {
+        resize(window, 2 * before_bytes);
+    } else if (window->queue_ns > target_ns) {
         const uint64_t excess = delivered_in(window->rate_bytes_per_s, window->queue_ns - target_ns);
         resize(window, before_bytes - smaller(excess, before_bytes / SHRINKS_BY));
         if (window->rate_bytes_per_s)

@@ -32,6 +32,7 @@ struct mig_window {
     uint64_t recent_rates[MIG_WINDOW_EPOCHS];
     uint64_t epoch_begin_ns, epoch_bytes;
     uint32_t epochs;
+    bool is_starting; /* no queue has been seen yet: the window doubles */
 };
 
 /* An epoch's urgent round trips: how many, and the smallest (UINT64_MAX if there was none). */

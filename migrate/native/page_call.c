@@ -28,6 +28,7 @@ struct mig_page_call {
     uint8_t *buffer;
     uint32_t buffer_pages, used_pages;
     struct mig_run runs[MIG_REQUEST_PAGES_MAX];
+    struct mig_scan scan;
     uint64_t data_pages;
 };
 
@@ -66,6 +67,11 @@ void mig_page_call_free(struct mig_page_call *call)
 {
     if (!call)
         return;
+    struct mig_page_source *source = mig_export_enter(call->export);
+    if (source) {
+        mig_page_source_end_scan(source, &call->scan);
+        mig_export_leave(call->export);
+    }
     mig_export_put(call->export);
     free(call->asked);
     free(call->buffer);
@@ -177,7 +183,7 @@ static enum mig_status answer(struct mig_page_call *call, struct mig_h2_stream *
     int found = -EINVAL;
     if (request->page_count <= MIG_REQUEST_PAGES_MAX)
         found = pages ? mig_page_source_read(source, request->first_page, request->page_count, pages, call->runs)
-                      : mig_page_source_scan(source, request->first_page, request->page_count, call->runs);
+                      : mig_page_source_scan(source, &call->scan, request->first_page, request->page_count, call->runs);
     mig_export_leave(call->export);
     if (found == -EINVAL) {
         mig_h2_explain(stream, "%u pages from page %llu are not a request of 1 to %d pages within the guest's %llu",

@@ -9,7 +9,7 @@
 #include "digest.h"
 #include "units.h"
 
-enum { DIGEST_BATCH_PAGES = 256 };
+enum { DIGEST_BATCH_PAGES = 256, SCANNED_PAGES_MAX = 2048, PREFETCH_PAGES = 8 };
 
 struct mig_page_source {
     int memfd;
@@ -107,11 +107,12 @@ static int64_t split_data(struct mig_page_source *source, uint64_t first, uint64
     char *pages = buffer ? buffer : (char *)source->mapping + mig_page_offset(first);
     const int64_t rc = buffer ? read_pages(source, first, count, buffer) : 0;
 
-    for (uint64_t i = 0; rc >= 0 && i < count; i++)
+    for (uint64_t i = 0; rc >= 0 && i < count; i++) {
+        /* Of most pages one line is looked at, and it is in no cache. */
+        if (i + PREFETCH_PAGES < count)
+            __builtin_prefetch(pages + mig_page_offset(i + PREFETCH_PAGES));
         append_run(runs, run_count, first + i, 1, mig_page_is_zero(pages + mig_page_offset(i)));
-    /* What was looked at through the mapping must not count as the daemon's memory. */
-    if (!buffer)
-        madvise(pages, mig_page_offset(count), MADV_DONTNEED);
+    }
     return rc;
 }
 
@@ -158,16 +159,49 @@ static int split_request(struct mig_page_source *source, uint64_t first_page, ui
     return run_count;
 }
 
+/* One page that is not zero, as most faults ask for: a single system call. Returns 1, 0 if it is zero, or -errno. */
+static int read_one(struct mig_page_source *source, uint64_t page, void *buffer, struct mig_run *run)
+{
+    if (page >= source->pages)
+        return -EINVAL;
+    const int rc = read_pages(source, page, 1, buffer); /* of a hole, pread makes no page */
+    if (rc < 0 || mig_page_is_zero(buffer))
+        return rc;
+    *run = (struct mig_run){.first_page = page, .count_pages = 1};
+    if (source->page_digests)
+        run->digest = mig_digest_run(source->page_digests + page, 1);
+    return 1;
+}
+
 int mig_page_source_read(struct mig_page_source *source, uint64_t first_page, uint32_t count_pages, void *buffer,
                          struct mig_run *runs)
 {
-    return split_request(source, first_page, count_pages, buffer, runs);
+    const int found = count_pages == 1 ? read_one(source, first_page, buffer, runs) : 0;
+    return found ? found : split_request(source, first_page, count_pages, buffer, runs);
 }
 
-int mig_page_source_scan(struct mig_page_source *source, uint64_t first_page, uint32_t count_pages,
-                         struct mig_run *runs)
+void mig_page_source_end_scan(struct mig_page_source *source, struct mig_scan *scan)
 {
-    return split_request(source, first_page, count_pages, NULL, runs);
+    if (scan->count_pages)
+        madvise((char *)source->mapping + mig_page_offset(scan->first_page), mig_page_offset(scan->count_pages),
+                MADV_DONTNEED);
+    *scan = (struct mig_scan){0};
+}
+
+int mig_page_source_scan(struct mig_page_source *source, struct mig_scan *scan, uint64_t first_page,
+                         uint32_t count_pages, struct mig_run *runs)
+{
+    const int found = split_request(source, first_page, count_pages, NULL, runs);
+    if (found < 0)
+        return found;
+    /* Unmapping interrupts every CPU that runs us, so it waits until there is much of it. */
+    const uint64_t end_page = first_page + count_pages;
+    if (first_page < scan->first_page || end_page - scan->first_page > SCANNED_PAGES_MAX)
+        mig_page_source_end_scan(source, scan);
+    if (!scan->count_pages)
+        scan->first_page = first_page;
+    scan->count_pages = end_page - scan->first_page;
+    return found;
 }
 
 int mig_page_source_memfd(const struct mig_page_source *source)

@@ -40,12 +40,21 @@ int mig_page_source_take_digests(struct mig_page_source *source, uint64_t *ret_m
 int mig_page_source_read(struct mig_page_source *source, uint64_t first_page, uint32_t count_pages, void *buffer,
                          struct mig_run *runs);
 
+/* What one reader has looked at through the mapping, and not let go yet. Zeroed at first. */
+struct mig_scan {
+    uint64_t first_page;
+    uint64_t count_pages;
+};
+
 /**
  * Tell data from zeros in a run, as mig_page_source_read does, but read only as much as that takes: what is data is
  * left to be sent from mig_page_source_memfd.
  */
-int mig_page_source_scan(struct mig_page_source *source, uint64_t first_page, uint32_t count_pages,
-                         struct mig_run *runs);
+int mig_page_source_scan(struct mig_page_source *source, struct mig_scan *scan, uint64_t first_page,
+                         uint32_t count_pages, struct mig_run *runs);
+
+/** Unmap what was looked at, so that it does not count as our memory. */
+void mig_page_source_end_scan(struct mig_page_source *source, struct mig_scan *scan);
 
 int mig_page_source_memfd(const struct mig_page_source *source);
 

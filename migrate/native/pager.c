@@ -76,6 +76,12 @@ int mig_push_urgent(struct mig_pager *pager, uint64_t page)
     return 0;
 }
 
+static void wake_all(struct mig_pager *pager)
+{
+    pthread_cond_broadcast(&pager->faulted);
+    pthread_cond_broadcast(&pager->settled);
+}
+
 uint64_t mig_no_longer_missing(struct mig_pager *pager, uint64_t first, uint64_t count)
 {
     const uint64_t arrived = mig_bitmap_clear_range(&pager->missing, first, count);
@@ -83,7 +89,7 @@ uint64_t mig_no_longer_missing(struct mig_pager *pager, uint64_t first, uint64_t
     pager->counters.missing_pages -= arrived;
     pager->counters.duplicate_pages += count - arrived;
     if (!pager->counters.missing_pages)
-        pthread_cond_broadcast(&pager->changed);
+        wake_all(pager);
     return arrived;
 }
 
@@ -92,7 +98,7 @@ void mig_pager_fail(struct mig_pager *pager, int error)
     pthread_mutex_lock(&pager->mutex);
     if (!pager->error)
         pager->error = error;
-    pthread_cond_broadcast(&pager->changed);
+    wake_all(pager);
     pthread_mutex_unlock(&pager->mutex);
 }
 
@@ -102,14 +108,14 @@ static int verdict(const struct mig_pager *pager)
     return pager->error ? pager->error : pager->stopped ? -ECANCELED : 0;
 }
 
-/* Waits for a change until deadline_ns, then returns false. */
-static bool wait_for_change(struct mig_pager *pager, uint64_t deadline_ns)
+/* Waits for a condition until deadline_ns, then returns false. */
+static bool wait_until(struct mig_pager *pager, pthread_cond_t *condition, uint64_t deadline_ns)
 {
     const struct timespec deadline = {
         .tv_sec = (time_t)(deadline_ns / 1000000000u),
         .tv_nsec = (long)(deadline_ns % 1000000000u),
     };
-    return pthread_cond_timedwait(&pager->changed, &pager->mutex, &deadline) != ETIMEDOUT;
+    return pthread_cond_timedwait(condition, &pager->mutex, &deadline) != ETIMEDOUT;
 }
 
 /* ---- life ---- */
@@ -132,7 +138,8 @@ static void free_pager(struct mig_pager *pager)
     mig_bitmap_deinit(&pager->missing);
     mig_bitmap_deinit(&pager->requested);
     mig_bitmap_deinit(&pager->known_zero);
-    pthread_cond_destroy(&pager->changed);
+    pthread_cond_destroy(&pager->faulted);
+    pthread_cond_destroy(&pager->settled);
     pthread_mutex_destroy(&pager->mutex);
     free(pager->urgent);
     free(pager->waiters);
@@ -148,7 +155,8 @@ int mig_pager_create(int uffd, uint64_t region_hva, uint64_t pages, struct mig_p
     pthread_condattr_t attributes;
     pthread_condattr_init(&attributes);
     pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
-    pthread_cond_init(&pager->changed, &attributes);
+    pthread_cond_init(&pager->faulted, &attributes);
+    pthread_cond_init(&pager->settled, &attributes);
     pthread_condattr_destroy(&attributes);
     pthread_mutex_init(&pager->mutex, NULL);
     pager->uffd = uffd;
@@ -168,7 +176,7 @@ void mig_pager_stop(struct mig_pager *pager)
 {
     pthread_mutex_lock(&pager->mutex);
     pager->stopped = true;
-    pthread_cond_broadcast(&pager->changed);
+    wake_all(pager);
     pthread_mutex_unlock(&pager->mutex);
     eventfd_write(pager->stop_fd, 1);
 }
@@ -213,7 +221,7 @@ int mig_pager_claim_urgent(struct mig_pager *pager, uint64_t *pages, uint32_t ma
     while (!(rc = verdict(pager)) && pager->urgent_head == pager->urgent_tail) {
         if (!pager->counters.missing_pages)
             rc = -ECANCELED;
-        if (rc || !wait_for_change(pager, deadline_ns))
+        if (rc || !wait_until(pager, &pager->faulted, deadline_ns))
             break;
     }
     if (rc >= 0)
@@ -261,7 +269,7 @@ int mig_pager_give_back(struct mig_pager *pager, uint64_t first_page, uint64_t c
             mig_bitmap_set_range(&pager->requested, page, 1))
             rc = mig_push_urgent(pager, page);
     }
-    pthread_cond_broadcast(&pager->changed);
+    pthread_cond_broadcast(&pager->faulted);
     pthread_mutex_unlock(&pager->mutex);
     return rc;
 }
@@ -297,7 +305,7 @@ int mig_pager_wait_done(struct mig_pager *pager, uint64_t timeout_us)
     int rc;
 
     pthread_mutex_lock(&pager->mutex);
-    while (!(rc = verdict(pager)) && pager->counters.missing_pages && wait_for_change(pager, deadline_ns))
+    while (!(rc = verdict(pager)) && pager->counters.missing_pages && wait_until(pager, &pager->settled, deadline_ns))
         ;
     if (!rc)
         rc = pager->counters.missing_pages == 0;

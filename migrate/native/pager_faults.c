@@ -21,7 +21,7 @@ static int on_fault(struct mig_pager *pager, const struct waiter *waiter, enum f
         rc = mig_add_waiter(pager, waiter);
         if (rc == 0 && mig_bitmap_set_range(&pager->requested, waiter->page, 1)) {
             rc = mig_push_urgent(pager, waiter->page);
-            pthread_cond_broadcast(&pager->changed);
+            pthread_cond_broadcast(&pager->faulted);
         }
     } else {
         *ret = mig_bitmap_test(&pager->known_zero, waiter->page) ? FAULT_PLACE_ZERO : FAULT_WAKE;

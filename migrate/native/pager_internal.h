@@ -27,7 +27,9 @@ struct mig_pager {
     pthread_t fault_thread;
 
     pthread_mutex_t mutex; /* guards all below; never held across an ioctl */
-    pthread_cond_t changed;
+    /* Two, for a fault must not wake whoever waits for the end. */
+    pthread_cond_t faulted; /* the urgent queue has grown */
+    pthread_cond_t settled; /* no page is missing */
     bool stopped;
     int error; /* what ended the reading of faults: -errno, or 0 */
     struct mig_bitmap missing;

@@ -10,7 +10,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/resource.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -18,7 +17,7 @@
 #include "tcp.h"
 #include "units.h"
 
-enum { CONNECTIONS_MAX = 64, EVENTS_MAX = 16, TICK_MS = 1000, BULK_NICE = 10, PEER_NAME_BYTES = 96 };
+enum { CONNECTIONS_MAX = 64, EVENTS_MAX = 16, TICK_MS = 1000, PEER_NAME_BYTES = 96 };
 /* Without a call, or with a peer that does not read, a connection is given up; a call may last for ever. */
 static const uint64_t IDLE_NS = 60ull * 1000000000u, STUCK_NS = 20ull * 1000000000u;
 
@@ -154,12 +153,11 @@ static void on_free(void *user, struct mig_h2_stream *stream)
     mig_page_call_free(call_of(stream));
 }
 
-/* A connection that asks for runs lets those go first that ask for single pages. */
+/* A connection that asks for runs sends them from the memfd, and must not be held up in that. */
 static void become_bulk(struct connection *connection)
 {
     connection->is_bulk = true;
     fcntl(connection->fd, F_SETFL, O_NONBLOCK);
-    setpriority(PRIO_PROCESS, 0, BULK_NICE); /* of this thread alone, on Linux */
 }
 
 /* Answers what is asked, ends what is late. Returns whether there is something new to write. */
@@ -226,6 +224,12 @@ static bool is_stopping(struct mig_page_server *server)
     return __atomic_load_n(&server->stopping, __ATOMIC_ACQUIRE);
 }
 
+/* A peer that has closed the connection may do so, unless a call was open. */
+static const char *reason_of_leaving(const struct connection *connection)
+{
+    return mig_h2_next_stream(connection->h2, NULL) ? "it closed the connection with a call open" : NULL;
+}
+
 /* Serves until the connection ends. Returns the reason if it was the peer's fault, else NULL. */
 static const char *serve(struct connection *connection)
 {
@@ -233,6 +237,8 @@ static const char *serve(struct connection *connection)
     while (!is_stopping(connection->server)) {
         const int flushed = mig_h2_flush(connection->h2);
         const uint64_t now_ns = mig_now_ns();
+        if (flushed == -EPIPE || flushed == -ECONNRESET)
+            return reason_of_leaving(connection);
         if (flushed < 0)
             return mig_h2_error(connection->h2);
         if (flushed == 0) {
@@ -247,7 +253,7 @@ static const char *serve(struct connection *connection)
             return reason;
         const int received = wait_and_receive(connection, now_ns, flushed == 1);
         if (received == -ECONNRESET)
-            return NULL;
+            return reason_of_leaving(connection);
         if (received < 0) {
             mig_h2_flush(connection->h2); /* the GOAWAY says why */
             return mig_h2_error(connection->h2);

@@ -1,7 +1,6 @@
 """A paused guest and its armed twin, for benchmarks that bring their own data path, and the processes of that path."""
 
 import contextlib
-import mmap
 import os
 import select
 import subprocess
@@ -50,15 +49,6 @@ def open_pair(spec: types.GuestSpec, directory: Path) -> Iterator[Pair]:
         uffd, (region_hva,) = twin.arm()
         stack.callback(os.close, uffd)
         yield Pair(memfd, uffd, region_hva, twin, state)
-
-
-def warm_memory(count_bytes: int) -> None:
-    """Use and free some memory, so that what is allocated next comes from it.
-
-    In a virtual machine, memory that was free for some seconds may have gone back to the host (free page reporting),
-    and the first touch of each page then costs ten times as much.
-    """
-    mmap.mmap(-1, count_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE).close()
 
 
 class Role:

@@ -8,7 +8,12 @@ import argparse
 import importlib.util
 import json
 import signal
+import statistics
 import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from migrate.native.pager import FaultBatch
 
 HOST = "127.0.0.1"
 MIGRATION_ID = "limit"
@@ -21,6 +26,25 @@ _DRAIN_EVERY_US = 500_000
 def is_available() -> bool:
     """Whether this tree has a native data path."""
     return importlib.util.find_spec("migrate.native.fetcher") is not None
+
+
+class Stages:
+    """What the stages of urgent faults took: to the request on the wire, to the reply, to the placed page."""
+
+    def __init__(self) -> None:
+        self._stages_ns: list[tuple[int, int, int]] = []
+
+    def add(self, records: "FaultBatch") -> None:
+        """Take in what the pager recorded."""
+        self._stages_ns += [
+            (r.sent_ns - r.event_ns, r.replied_ns - r.sent_ns, r.placed_ns - r.replied_ns) for r in records if r.sent_ns
+        ]
+
+    def medians_us(self) -> dict[str, float]:
+        """The median of each stage, in microseconds."""
+        names = ("event_to_sent_us", "sent_to_replied_us", "replied_to_placed_us")
+        columns = zip(*self._stages_ns, strict=True)
+        return {name: statistics.median(column) / 1000 for name, column in zip(names, columns, strict=False)}
 
 
 def serve(memfd: int, pages: int, token: str) -> None:
@@ -51,15 +75,20 @@ def fetch(uffd: int, region_hva: int, pages: int, port: int, token: str) -> None
     pager = Pager(uffd, region_hva, pages)
     native = NativeFetch(HOST, port, MIGRATION_ID, token)
     native.connect(_CONNECT_US)
-    latencies = FaultLatencies()
+    latencies, stages = FaultLatencies(), Stages()
     begin_s, begin_cpu_s = time.monotonic(), time.process_time()
     native.start(pager)
     print("started", flush=True)
     while not pager.wait_done(_DRAIN_EVERY_US):
         native.wait(0)  # raises what made pages stop coming
-        latencies.add(pager.drain_records())
+        drained = pager.drain_records()
+        latencies.add(drained)
+        stages.add(drained)
     elapsed_s, cpu_s = time.monotonic() - begin_s, time.process_time() - begin_cpu_s
-    latencies.add(pager.drain_records())
+    drained = pager.drain_records()
+    latencies.add(drained)
+    stages.add(drained)
+    at_the_end = native.counters()
     native.close()
     counters = pager.counters()
     if counters.lost_records:
@@ -70,6 +99,8 @@ def fetch(uffd: int, region_hva: int, pages: int, port: int, token: str) -> None
     figures |= {"faults": latencies.count, "placed_bytes": placed_bytes}
     figures |= {"background_bytes": pages_to_bytes(counters.background_pages), "seconds": elapsed_s}
     figures |= {"gb_per_s": placed_bytes / elapsed_s / 1e9, "cpu_s": cpu_s}
+    figures |= stages.medians_us()
+    figures |= {name: getattr(at_the_end, name) for name in ("background_requests", "window_bytes", "run_pages")}
     print(json.dumps(figures), flush=True)
     pager.close()
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from bench_common import BenchError, Host, Link, process, run, tool, wait_until
+from bench_common import BenchError, Host, Link, process, run, tool, wait_until, warm_memory
 from qemu_guest_build import BareGuest, Mailbox, stalls_between
 
 from migrate.native.machine import MAILBOX_BYTES
@@ -163,6 +163,7 @@ def migrate_with_qemu(binary: str, guest: BareGuest, link: Link, directory: Path
         destination = stack.enter_context(
             _qemu(binary, guest, link.destination, directories[1], ("-incoming", "defer"))
         )
+        warm_memory(guest.memory_bytes)
         return _migrate(source, destination, f"tcp:{link.destination.address}:{_PORT}")
 
 
