@@ -47,6 +47,7 @@ uint32_t mig_vcpu_item_bytes(uint32_t item)
     return ITEMS[item].bytes;
 }
 
+/* KVM takes MSRs in order and stops at one that it refuses: what it refuses is skipped, and the rest tried again. */
 static int get_msrs(const struct mig_machine *machine, int fd, struct msr_table *table)
 {
     struct {
@@ -57,14 +58,17 @@ static int get_msrs(const struct mig_machine *machine, int fd, struct msr_table 
     if (ioctl(machine->kvm_fd, KVM_GET_MSR_INDEX_LIST, &list) < 0)
         return -errno;
     memset(table, 0, sizeof(*table));
-    for (uint32_t i = 0; i < list.header.nmsrs; i++) {
-        struct {
-            struct kvm_msrs header;
-            struct kvm_msr_entry entry;
-        } one = {.header.nmsrs = 1, .entry.index = list.header.indices[i]};
+    for (uint32_t next = 0; next < list.header.nmsrs;) {
+        struct msr_table asked = {.header.nmsrs = list.header.nmsrs - next};
+        for (uint32_t i = 0; i < asked.header.nmsrs; i++)
+            asked.entries[i].index = list.indices[next + i];
+        const int got = ioctl(fd, KVM_GET_MSRS, &asked);
+        if (got < 0)
+            return -errno;
+        memcpy(table->entries + table->header.nmsrs, asked.entries, (size_t)got * sizeof(*asked.entries));
+        table->header.nmsrs += (uint32_t)got;
         /* The list names MSRs that this vCPU's CPUID does not have: these cannot be read, and are not its state. */
-        if (ioctl(fd, KVM_GET_MSRS, &one) == 1)
-            table->entries[table->header.nmsrs++] = one.entry;
+        next += (uint32_t)got + 1;
     }
     return 0;
 }
@@ -73,19 +77,23 @@ static int set_msrs(int fd, const struct msr_table *table)
 {
     if (table->header.nmsrs > MSRS_MAX)
         return -EINVAL;
-    for (uint32_t i = 0; i < table->header.nmsrs; i++) {
+    for (uint32_t next = 0; next < table->header.nmsrs;) {
+        struct msr_table rest = {.header.nmsrs = table->header.nmsrs - next};
+        memcpy(rest.entries, table->entries + next, rest.header.nmsrs * sizeof(*rest.entries));
+        const int set = ioctl(fd, KVM_SET_MSRS, &rest);
+        if (set < 0)
+            return -errno;
+        next += (uint32_t)set;
+        if (next == table->header.nmsrs)
+            return 0;
         struct {
             struct kvm_msrs header;
             struct kvm_msr_entry entry;
-        } one = {.header.nmsrs = 1, .entry = table->entries[i]};
-        struct {
-            struct kvm_msrs header;
-            struct kvm_msr_entry entry;
-        } now = {.header.nmsrs = 1, .entry.index = table->entries[i].index};
+        } now = {.header.nmsrs = 1, .entry.index = table->entries[next].index};
         /* A read-only MSR that has the right value already need not be written. */
-        if (ioctl(fd, KVM_SET_MSRS, &one) != 1 &&
-            (ioctl(fd, KVM_GET_MSRS, &now) != 1 || now.entry.data != one.entry.data))
+        if (ioctl(fd, KVM_GET_MSRS, &now) != 1 || now.entry.data != table->entries[next].data)
             return -EINVAL;
+        next++;
     }
     return 0;
 }
