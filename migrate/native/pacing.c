@@ -8,7 +8,7 @@ enum {
     FOREIGN_FADES = 16,
     SHRINKS_BY = 4, /* at most so large a part of the window at a time: what is foreign shows in between */
     GROWS_BY = 8,
-    RUN_PAGES_MIN = 4,   /* below this, what a message costs is more than what its pages do */
+    RUN_PAGES_MIN = 8,   /* below this, what a message costs is more than what its pages do */
     RUN_PAGES_MAX = 64,  /* UFFDIO_COPY reaches its plateau at 64 KiB, the wire at 256 KiB */
     RUNS_PER_WINDOW = 4, /* so that one is on its way while another is placed */
     BURST_US = 20000,

@@ -249,8 +249,11 @@ static const char *serve(struct connection *connection)
                 return mig_h2_error(connection->h2)[0] ? mig_h2_error(connection->h2) : NULL;
         }
         const char *reason = overdue(connection, now_ns, flushed == 1);
-        if (reason)
+        if (reason) {
+            mig_h2_go_away(connection->h2);
+            mig_h2_flush(connection->h2);
             return reason;
+        }
         const int received = wait_and_receive(connection, now_ns, flushed == 1);
         if (received == -ECONNRESET)
             return reason_of_leaving(connection);
