@@ -24,7 +24,8 @@ def check_moved(source, destination, name, moved):
     assert pages.zero + pages.precopy + pages.urgent + pages.background == pages.total
     assert moved.guest_errors == 0
     assert 0 < moved.downtime_us < moved.total_us
-    assert name not in source.guest_names()
+    # END is acknowledged first; then the source ends the process and frees its RAM.
+    wait_until(lambda: name not in source.guest_names(), 10, "the source to let the guest go")
     assert destination.guest(name).migration_id == ""
     wait_until(
         lambda: destination.statistics(name).touches > moved.guest_touches_at_switchover, 20, "touches after the move"
