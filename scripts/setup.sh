@@ -5,6 +5,7 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=$ROOT/.venv
 DEMO_PACKAGES=(gcc pkg-config python3-dev python3-venv libxxhash-dev libnghttp2-dev)
 TEST_PACKAGES=("${DEMO_PACKAGES[@]}" iproute2)
+SANITIZE_PACKAGES=(clang libclang-rt-dev)
 PYTHON_PROBE='
 import ensurepip, os, sys, sysconfig, venv
 ok = sys.version_info >= (3, 11) and os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h"))

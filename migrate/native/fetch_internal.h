@@ -32,8 +32,9 @@ struct mig_link {
     enum mig_status call_status;
     char call_text[MIG_STATUS_TEXT_BYTES];
     uint64_t lost_ns, retry_ns, backoff_ns; /* since when, until when; 0 while all is well */
-    uint64_t progress_ns;                   /* when a reply last came, or one began to be due */
-    uint64_t carried_bytes;                 /* by connections that are no more */
+    uint64_t opened_ns;
+    uint64_t progress_ns;   /* when a reply last came, or one began to be due */
+    uint64_t carried_bytes; /* by connections that are no more */
 };
 
 struct mig_fetch {

@@ -16,6 +16,7 @@ static const uint64_t PING_AFTER_NS = 1000000000u, SILENT_NS = 5000000000u;
 static const uint64_t UNANSWERED_NS = 10000000000u;
 /* A link that cannot be made again for this long has failed. */
 static const uint64_t LOST_NS = 5000000000u, BACKOFF_FIRST_NS = 20000000u, BACKOFF_MAX_NS = 1000000000u;
+static const uint64_t PROVEN_NS = 1000000000u;
 static const uint64_t CONNECT_AGAIN_US = 500000;
 static const uint64_t NEVER_NS = UINT64_MAX;
 
@@ -177,6 +178,7 @@ int mig_link_open(struct mig_link *link, uint64_t timeout_us)
         return rc;
     }
     link->state = MIG_LINK_READY;
+    link->opened_ns = mig_now_ns();
     rc = mig_h2_flush(link->h2);
     return rc < 0 ? rc : 0;
 }
@@ -364,6 +366,8 @@ void mig_link_step(struct mig_link *link, bool is_readable, uint64_t now_ns)
     if (!is_up(link))
         return;
     int rc = is_readable ? mig_h2_receive(link->h2, false) : 0;
+    if (rc > 0 && now_ns - link->opened_ns >= PROVEN_NS)
+        link->lost_ns = link->backoff_ns = 0; /* it lives, though nothing may have been asked of it */
     if (rc > 0 && link->kind == MIG_KIND_URGENT) {
         const uint64_t ping_ns = mig_h2_take_ping_ns(link->h2);
         if (ping_ns)

@@ -181,10 +181,15 @@ int mig_h2_receive(struct mig_h2 *connection, bool may_wait)
     return 1;
 }
 
+bool mig_h2_is_written(const struct mig_h2 *connection)
+{
+    return connection->segment_first == connection->segment_count;
+}
+
 bool mig_h2_is_over(const struct mig_h2 *connection)
 {
     return !nghttp2_session_want_read(connection->session) && !nghttp2_session_want_write(connection->session) &&
-           connection->segment_first == connection->segment_count;
+           mig_h2_is_written(connection);
 }
 
 /* ---- life ---- */

@@ -84,6 +84,9 @@ int mig_h2_receive(struct mig_h2 *connection, bool may_wait);
  */
 int mig_h2_flush(struct mig_h2 *connection);
 
+/** Whether nothing waits for the socket. */
+bool mig_h2_is_written(const struct mig_h2 *connection);
+
 /** Whether both sides are through: after a GOAWAY, nothing is left to do. */
 bool mig_h2_is_over(const struct mig_h2 *connection);
 
@@ -112,7 +115,10 @@ bool mig_h2_send_file(struct mig_h2_stream *stream, const uint8_t *header, uint3
 /** End our side once the queue is written. A server says the status; a client has none to say. Idempotent. */
 void mig_h2_end(struct mig_h2_stream *stream, enum mig_status status, const char *text);
 
-/** Client: give a call up (RST_STREAM, CANCEL). */
+/** Server: the same, but what is queued is dropped; if there was anything, the call is reset (CANCEL). */
+void mig_h2_end_at_once(struct mig_h2_stream *stream, enum mig_status status, const char *text);
+
+/** Give a call up (RST_STREAM, CANCEL). */
 void mig_h2_cancel(struct mig_h2_stream *stream);
 
 /** Say why a callback's status is not OK. */

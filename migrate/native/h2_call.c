@@ -10,7 +10,7 @@
 #include "units.h"
 
 static const char CONTENT_TYPE[] = "application/grpc";
-enum { TIMEOUT_DIGITS_MAX = 8 };
+enum { TIMEOUT_DIGITS_MAX = 8, STATUS_DIGITS_MAX = 2 };
 
 static nghttp2_nv pair(const char *name, const char *value)
 {
@@ -138,7 +138,8 @@ void mig_h2_end(struct mig_h2_stream *stream, enum mig_status status, const char
     if (stream->is_ending)
         return;
     stream->is_ending = true;
-    stream->deadline_ns = 0;
+    if (!stream->queued_bytes)
+        stream->deadline_ns = 0;
     if (stream->connection->role == MIG_H2_SERVER) {
         stream->status = status;
         if (text)
@@ -149,6 +150,22 @@ void mig_h2_end(struct mig_h2_stream *stream, enum mig_status status, const char
         }
     }
     mig_h2_resume(stream);
+}
+
+void mig_h2_end_at_once(struct mig_h2_stream *stream, enum mig_status status, const char *text)
+{
+    if (!stream->queued_bytes) {
+        mig_h2_end(stream, status, text);
+        return;
+    }
+    /* Trailers cannot overtake what flow control holds back, so there will be none. */
+    stream->status = status;
+    mig_h2_explain(stream, "%s", text);
+    stream->is_ending = true;
+    stream->deadline_ns = 0;
+    stream->queue_head = stream->queue_tail;
+    stream->queued_bytes = 0;
+    mig_h2_cancel(stream);
 }
 
 void mig_h2_cancel(struct mig_h2_stream *stream)
@@ -326,7 +343,8 @@ static void take_status(struct mig_h2_stream *stream)
     const char *status = mig_h2_header(stream, "grpc-status");
     const char *text = mig_h2_header(stream, "grpc-message");
 
-    if (!status || !isdigit((unsigned char)*status) || atoi(status) > MIG_STATUS_UNAUTHENTICATED) {
+    if (!status || !isdigit((unsigned char)*status) || strlen(status) > STATUS_DIGITS_MAX ||
+        atoi(status) > MIG_STATUS_UNAUTHENTICATED) {
         stream->status = MIG_STATUS_UNKNOWN;
         mig_h2_explain(stream, "the server ended the call without a status");
         return;

@@ -19,11 +19,16 @@ struct asked {
 };
 
 struct mig_page_call {
+    struct mig_page_calls *calls;
+    struct mig_page_call *next;
+    struct mig_h2_stream *stream; /* NULL once it is closed */
     struct mig_export *export;
     /* Requests that wait, oldest first: the stream's window bounds them. */
     struct asked *asked;
     size_t asked_head, asked_count, asked_capacity;
     bool no_more, is_bulk;
+    bool sends_from_file; /* something queued refers to the memfd */
+    bool is_pinned;
     /* Pages on their way out, back to back. */
     uint8_t *buffer;
     uint32_t buffer_pages, used_pages;
@@ -33,7 +38,7 @@ struct mig_page_call {
 };
 
 enum mig_status mig_page_call_begin(struct mig_h2_stream *stream, struct mig_exports *exports,
-                                    struct mig_page_call **ret)
+                                    struct mig_page_calls *calls, struct mig_page_call **ret)
 {
     const char *path = mig_h2_header(stream, ":path");
     const char *migration_id = mig_h2_header(stream, "migration-id");
@@ -59,14 +64,30 @@ enum mig_status mig_page_call_begin(struct mig_h2_stream *stream, struct mig_exp
         return MIG_STATUS_RESOURCE_EXHAUSTED;
     }
     call->export = export;
+    call->stream = stream;
+    call->calls = calls;
+    call->next = calls->first;
+    calls->first = call;
     *ret = call;
     return MIG_STATUS_OK;
+}
+
+static void unpin(struct mig_page_call *call)
+{
+    if (call->is_pinned)
+        mig_export_leave(call->export);
+    call->is_pinned = false;
 }
 
 void mig_page_call_free(struct mig_page_call *call)
 {
     if (!call)
         return;
+    struct mig_page_call **link = &call->calls->first;
+    while (*link != call)
+        link = &(*link)->next;
+    *link = call->next;
+    unpin(call);
     struct mig_page_source *source = mig_export_enter(call->export);
     if (source) {
         mig_page_source_end_scan(source, &call->scan);
@@ -81,6 +102,33 @@ void mig_page_call_free(struct mig_page_call *call)
 uint64_t mig_page_call_data_pages(const struct mig_page_call *call)
 {
     return call ? call->data_pages : 0;
+}
+
+void mig_page_call_closed(struct mig_page_call *call)
+{
+    if (call)
+        call->stream = NULL;
+}
+
+bool mig_page_calls_pin(struct mig_page_calls *calls)
+{
+    bool all_pinned = true;
+
+    for (struct mig_page_call *call = calls->first; call; call = call->next) {
+        if (!call->sends_from_file)
+            continue;
+        call->is_pinned = mig_export_enter(call->export);
+        if (!call->is_pinned && call->stream)
+            mig_h2_end_at_once(call->stream, MIG_STATUS_NOT_FOUND, "the migration's pages are no longer served");
+        all_pinned &= call->is_pinned;
+    }
+    return all_pinned;
+}
+
+void mig_page_calls_unpin(struct mig_page_calls *calls)
+{
+    for (struct mig_page_call *call = calls->first; call; call = call->next)
+        unpin(call);
 }
 
 bool mig_page_call_is_bulk(const struct mig_page_call *call)
@@ -195,6 +243,7 @@ static enum mig_status answer(struct mig_page_call *call, struct mig_h2_stream *
         mig_h2_explain(stream, "read the guest's memory: %s", strerror(-found));
         return MIG_STATUS_INTERNAL;
     }
+    call->sends_from_file |= !pages;
     for (int i = 0; i < found; i++) {
         send_run(call, stream, request, &call->runs[i], pages);
         call->data_pages += call->runs[i].is_zero ? 0 : call->runs[i].count_pages;
@@ -207,8 +256,10 @@ static enum mig_status answer(struct mig_page_call *call, struct mig_h2_stream *
 /* Room for the pages of a request. An empty buffer may grow; a full one must be written first. */
 static bool has_room(struct mig_page_call *call, uint32_t wanted_pages, bool is_empty)
 {
-    if (is_empty)
+    if (is_empty) {
         call->used_pages = 0;
+        call->sends_from_file = false;
+    }
     if (is_sent_from_file(wanted_pages))
         return true;
     if (call->used_pages + wanted_pages <= call->buffer_pages)

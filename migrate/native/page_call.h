@@ -7,9 +7,14 @@
 
 struct mig_page_call;
 
+/* All calls of a connection, from their begin until they are freed, which is after their streams are closed. */
+struct mig_page_calls {
+    struct mig_page_call *first;
+};
+
 /** A call came: check its path and token. With OK, *ret is the call. */
 enum mig_status mig_page_call_begin(struct mig_h2_stream *stream, struct mig_exports *exports,
-                                    struct mig_page_call **ret);
+                                    struct mig_page_calls *calls, struct mig_page_call **ret);
 /** NULL is nothing. */
 void mig_page_call_free(struct mig_page_call *call);
 
@@ -24,6 +29,16 @@ void mig_page_call_no_more(struct mig_page_call *call);
  * back by flow control. Returns whether there is something new to write. NULL is nothing.
  */
 bool mig_page_call_work(struct mig_page_call *call, struct mig_h2_stream *stream);
+
+/** The stream is closed: nothing more is said on it, though the socket may still take what was queued. */
+void mig_page_call_closed(struct mig_page_call *call);
+
+/**
+ * Keep the memory of queued runs from being withdrawn while they are written: it may belong to a running guest after.
+ * Calls whose memory was withdrawn already end at once. False if there were any. Always paired with an unpin.
+ */
+bool mig_page_calls_pin(struct mig_page_calls *calls);
+void mig_page_calls_unpin(struct mig_page_calls *calls);
 
 uint64_t mig_page_call_data_pages(const struct mig_page_call *call);
 /** Whether it asks for runs, not for single pages: then its socket must be non-blocking. */

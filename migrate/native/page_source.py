@@ -61,7 +61,7 @@ class PageSource:
         """
         if not (0 < count_pages <= buffer.pages_max and 0 <= first_page <= self.pages - count_pages):
             raise ConfigError(
-                f"pages {first_page} to {first_page + count_pages} are not a request of 1 to {buffer.pages_max} pages"
+                f"{count_pages} pages from page {first_page} are not a request of 1 to {buffer.pages_max} pages"
                 f" within the guest's {self.pages}"
             )
         found = lib.mig_page_source_read(self._source, first_page, count_pages, buffer.data, buffer.runs)

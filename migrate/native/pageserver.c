@@ -35,6 +35,7 @@ struct connection {
     int fd;
     char peer[PEER_NAME_BYTES];
     struct mig_h2 *h2;
+    struct mig_page_calls calls;
     bool is_bulk;
     uint64_t busy_ns;     /* when a call was last open */
     uint64_t progress_ns; /* when the peer last took everything that we had to say */
@@ -113,7 +114,7 @@ static enum mig_status on_call(void *user, struct mig_h2_stream *stream)
 {
     struct connection *connection = user;
     struct mig_page_call *call = NULL;
-    const enum mig_status status = mig_page_call_begin(stream, connection->server->exports, &call);
+    const enum mig_status status = mig_page_call_begin(stream, connection->server->exports, &connection->calls, &call);
 
     COUNT(connection->server, calls, 1);
     mig_h2_set_stream_user(stream, call);
@@ -145,6 +146,7 @@ static void on_close(void *user, struct mig_h2_stream *stream)
         note_event(connection->server, "refused a call of %s: %s: %s", connection->peer, mig_status_name(status), text);
     }
     COUNT(connection->server, data_pages, mig_page_call_data_pages(call_of(stream)));
+    mig_page_call_closed(call_of(stream));
 }
 
 static void on_free(void *user, struct mig_h2_stream *stream)
@@ -172,7 +174,7 @@ static bool work(struct connection *connection, uint64_t now_ns)
         if (mig_page_call_is_bulk(call_of(stream)) && !connection->is_bulk)
             become_bulk(connection);
         if (deadline_ns && now_ns >= deadline_ns) {
-            mig_h2_end(stream, MIG_STATUS_DEADLINE_EXCEEDED, "the call's deadline has passed");
+            mig_h2_end_at_once(stream, MIG_STATUS_DEADLINE_EXCEEDED, "the call's deadline has passed");
             worked = true;
         } else {
             worked |= mig_page_call_work(call_of(stream), stream);
@@ -230,15 +232,30 @@ static const char *reason_of_leaving(const struct connection *connection)
     return mig_h2_next_stream(connection->h2, NULL) ? "it closed the connection with a call open" : NULL;
 }
 
+/*
+ * Writes, unless the memory of what is queued was withdrawn: then those calls end at once, and if some of it is in a
+ * frame that has begun, the connection does. Returns as mig_h2_flush does; -ESTALE for that end.
+ */
+static int flush_pinned(struct connection *connection)
+{
+    const bool may_write = mig_page_calls_pin(&connection->calls) || mig_h2_is_written(connection->h2);
+    const int rc = may_write ? mig_h2_flush(connection->h2) : -ESTALE;
+
+    mig_page_calls_unpin(&connection->calls);
+    return rc;
+}
+
 /* Serves until the connection ends. Returns the reason if it was the peer's fault, else NULL. */
 static const char *serve(struct connection *connection)
 {
     connection->busy_ns = connection->progress_ns = mig_now_ns();
     while (!is_stopping(connection->server)) {
-        const int flushed = mig_h2_flush(connection->h2);
+        const int flushed = flush_pinned(connection);
         const uint64_t now_ns = mig_now_ns();
         if (flushed == -EPIPE || flushed == -ECONNRESET)
             return reason_of_leaving(connection);
+        if (flushed == -ESTALE)
+            return "the pages on their way were withdrawn";
         if (flushed < 0)
             return mig_h2_error(connection->h2);
         if (flushed == 0) {
@@ -255,6 +272,8 @@ static const char *serve(struct connection *connection)
             return reason;
         }
         const int received = wait_and_receive(connection, now_ns, flushed == 1);
+        if (received == -ECONNRESET && is_stopping(connection->server))
+            break; /* it was us who closed that half */
         if (received == -ECONNRESET)
             return reason_of_leaving(connection);
         if (received < 0) {

@@ -5,7 +5,7 @@
 #include <string.h>
 
 enum wire_type { VARINT = 0, FIXED64 = 1, BYTES = 2, GROUP_BEGIN = 3, GROUP_END = 4, FIXED32 = 5 };
-enum { GROUP_DEPTH_MAX = 100, VARINT_BYTES_MAX = 10 };
+enum { GROUP_DEPTH_MAX = 99, VARINT_BYTES_MAX = 10, TAG_BYTES_MAX = 5 }; /* protobuf's own limits */
 static const uint64_t FIELD_MAX = (1u << 29) - 1;
 
 /* Field numbers of page_service.proto; the first four are those of both messages. */
@@ -86,16 +86,21 @@ struct field {
     const uint8_t *bytes; /* of BYTES */
 };
 
-static bool get_varint(struct cursor *cursor, uint64_t *ret)
+static bool get_long_varint(struct cursor *cursor, unsigned bytes_max, uint64_t *ret)
 {
     *ret = 0;
-    for (unsigned i = 0; i < VARINT_BYTES_MAX && cursor->at < cursor->end; i++) {
+    for (unsigned i = 0; i < bytes_max && cursor->at < cursor->end; i++) {
         const uint8_t byte = *cursor->at++;
         *ret |= (uint64_t)(byte & 0x7f) << (7 * i);
         if (!(byte & 0x80))
             return i < VARINT_BYTES_MAX - 1 || byte <= 1;
     }
     return false;
+}
+
+static bool get_varint(struct cursor *cursor, uint64_t *ret)
+{
+    return get_long_varint(cursor, VARINT_BYTES_MAX, ret);
 }
 
 static bool get_fixed(struct cursor *cursor, unsigned count_bytes, uint64_t *ret)
@@ -121,7 +126,7 @@ static bool get_bytes(struct cursor *cursor, struct field *field)
 static bool get_field(struct cursor *cursor, struct field *ret)
 {
     uint64_t tag;
-    if (!get_varint(cursor, &tag))
+    if (!get_long_varint(cursor, TAG_BYTES_MAX, &tag))
         return false;
     *ret = (struct field){.number = tag >> 3, .type = (enum wire_type)(tag & 7)};
     if (!ret->number || ret->number > FIELD_MAX)

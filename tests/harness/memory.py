@@ -1,0 +1,118 @@
+"""A small guest's memory on the source: what is in it, served or not, and what a stock client gets of it."""
+
+import contextlib
+import os
+
+import grpc
+
+from migrate.config import Endpoint
+from migrate.native.exports import Exports
+from migrate.native.page_source import PageSource
+from migrate.native.pageserver import PageServer
+from migrate.v1 import page_service_pb2 as pb
+from migrate.v1 import page_service_pb2_grpc as rpc
+
+PAGE = 4096
+MIGRATION_ID, TOKEN = "m", "t"
+METADATA = (("migration-id", MIGRATION_ID), ("authorization", f"Bearer {TOKEN}"))
+CHANNEL_OPTIONS = (("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0))
+_CALL_S = 30
+
+
+def page_bytes(page):
+    """What the page of this number holds; no two are alike."""
+    return page.to_bytes(8, "little") * (PAGE // 16) + bytes([page % 255 + 1]) * (PAGE // 2)
+
+
+class Memory:
+    """A memfd: mostly data, with zero pages (7 of 64), and a hole of the last eighth."""
+
+    def __init__(self, pages):
+        self.pages = pages
+        self.data_end = pages - pages // 8
+        self.fd = os.memfd_create("memory", os.MFD_CLOEXEC)
+        os.ftruncate(self.fd, pages * PAGE)
+        for page in range(self.data_end):
+            os.pwrite(self.fd, self.page(page), page * PAGE)
+
+    def page(self, page):
+        is_zero = page >= self.data_end or page % 64 in (0, 5, 6, 7, 20, 40, 63)
+        return bytes(PAGE) if is_zero else page_bytes(page)
+
+    def run(self, first_page, page_count):
+        return b"".join(self.page(page) for page in range(first_page, first_page + page_count))
+
+    def close(self):
+        os.close(self.fd)
+
+
+class ServedMemory:
+    """A memory that the native page server serves as migration "m" to who has the token "t"."""
+
+    def __init__(self, pages=1024, host="127.0.0.1"):
+        self.memory = Memory(pages)
+        self.source = PageSource(self.memory.fd, pages)
+        self.exports = Exports()
+        self.exports.publish(MIGRATION_ID, TOKEN, self.source)
+        self.server = PageServer(Endpoint(host, 0), self.exports)
+
+    @property
+    def endpoint(self):
+        return self.server.endpoint
+
+    def publish_again(self):
+        """After a withdrawal. Does nothing if it is still published."""
+        self.exports.withdraw(MIGRATION_ID)
+        self.exports.publish(MIGRATION_ID, TOKEN, self.source)
+
+    def close(self):
+        self.server.close()
+        self.exports.withdraw(MIGRATION_ID)
+        self.source.close()
+        self.memory.close()
+
+
+def runs_of(pages, size=256):
+    return [(first, min(size, pages - first)) for first in range(0, pages, size)]
+
+
+def pages_of(responses, asked):
+    """The bytes of each (first, count) asked for, from the replies to requests numbered from 1; checks their order."""
+    got = [b""] * len(asked)
+    last = 1
+    for response in responses:
+        assert response.request_id in {last, last + 1}, "replies come in request order"
+        last = response.request_id
+        first, count = asked[last - 1]
+        assert response.first_page == first + len(got[last - 1]) // PAGE, "runs ascend without gaps"
+        content = response.data if response.WhichOneof("content") == "data" else bytes(response.page_count * PAGE)
+        assert len(content) == response.page_count * PAGE
+        got[last - 1] = (got[last - 1] + content)[: count * PAGE]
+    assert [len(part) for part in got] == [count * PAGE for _, count in asked], "every request is answered whole"
+    return got
+
+
+def requests_for(asked):
+    return [
+        pb.FetchPagesRequest(request_id=index, first_page=first, page_count=count)
+        for index, (first, count) in enumerate(asked, 1)
+    ]
+
+
+def stock_fetch(endpoint, asked, metadata=METADATA):
+    """Fetch runs with a stock grpcio client on a connection of its own; the bytes of each."""
+    with grpc.insecure_channel(str(endpoint), options=CHANNEL_OPTIONS) as channel:
+        responses = rpc.PageServiceStub(channel).FetchPages(
+            iter(requests_for(asked)), metadata=metadata, timeout=_CALL_S
+        )
+        return pages_of(responses, asked)
+
+
+def stock_status(endpoint, requests, metadata=METADATA, timeout=_CALL_S):
+    """(code, details, replies) of a call by a stock client."""
+    replies = []
+    with grpc.insecure_channel(str(endpoint), options=CHANNEL_OPTIONS) as channel:
+        call = rpc.PageServiceStub(channel).FetchPages(iter(requests), metadata=metadata, timeout=timeout)
+        with contextlib.suppress(grpc.RpcError):
+            replies.extend(call)
+        return call.code(), call.details(), replies

@@ -1,0 +1,291 @@
+"""The messages in C against protobuf's: what either writes the other reads equal, and C accepts nothing else."""
+
+import struct
+
+import pytest
+from google.protobuf.message import DecodeError
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from migrate.native._native import ffi, lib
+from migrate.v1 import page_service_pb2 as pb
+from tests.harness.guarded import GuardedBuffer
+
+ROOM = GuardedBuffer(1 << 16)
+VARINT, FIXED64, BYTES, GROUP_BEGIN, GROUP_END, FIXED32 = range(6)
+FIELD_MAX = 2**29 - 1
+
+uint32 = st.integers(0, 2**32 - 1) | st.sampled_from([0, 1, 127, 128, 2**32 - 1])
+uint64 = st.integers(0, 2**64 - 1) | st.sampled_from([0, 1, 127, 128, 2**32, 2**63, 2**64 - 1])
+requests = st.builds(pb.FetchPagesRequest, request_id=uint64, region=uint32, first_page=uint64, page_count=uint32)
+contents = st.one_of(
+    st.just({}),
+    st.just({"zero": pb.ZeroPages()}),
+    st.builds(lambda data: {"data": data}, st.binary(max_size=300)),
+)
+responses = st.builds(
+    lambda content, **fields: pb.FetchPagesResponse(**fields, **content),
+    content=contents,
+    request_id=uint64,
+    region=uint32,
+    first_page=uint64,
+    page_count=uint32,
+    generation=uint64,
+    digest=uint64,
+)
+
+
+# ---- what C reads ----
+
+
+def values_of(message):
+    """What both sides must agree on."""
+    values = [message.request_id, message.region, message.first_page, message.page_count]
+    if isinstance(message, pb.FetchPagesResponse):
+        content = message.WhichOneof("content")
+        values += [message.generation, message.digest, content, message.data if content == "data" else None]
+    return values
+
+
+def c_values(kind, raw):
+    """The same of what C reads; None if it refuses."""
+    pointer = ROOM.hold(raw)
+    if kind is pb.FetchPagesRequest:
+        got = ffi.new("struct mig_fetch_request *")
+        rc = lib.mig_wire_decode_request(pointer, len(raw), got)
+    else:
+        got = ffi.new("struct mig_fetch_response *")
+        rc = lib.mig_wire_decode_response(pointer, len(raw), got)
+    if rc < 0:
+        return None
+    values = [got.request_id, got.region, got.first_page, got.page_count]
+    if kind is pb.FetchPagesResponse:
+        content = {lib.MIG_CONTENT_DATA: "data", lib.MIG_CONTENT_ZERO: "zero"}.get(got.content)
+        assert content == "data" or got.data_bytes == 0
+        if content == "data":
+            assert pointer <= got.data <= got.data + got.data_bytes <= pointer + len(raw)
+        data = ffi.buffer(got.data, got.data_bytes)[:] if content == "data" else None
+        values += [got.generation, got.digest, content, data]
+    return values
+
+
+def protobuf_values(kind, raw):
+    try:
+        return values_of(kind.FromString(raw))
+    except DecodeError:
+        return None
+
+
+def check_equal(kind, raw):
+    expected = protobuf_values(kind, raw)
+    assert expected is not None
+    assert c_values(kind, raw) == expected
+
+
+def check_no_more_is_accepted(kind, raw):
+    """C may be stricter than protobuf where no encoder ever goes, never laxer."""
+    got = c_values(kind, raw)
+    if got is not None:
+        assert got == protobuf_values(kind, raw)
+
+
+# ---- what C writes ----
+
+
+def c_encoded(message):
+    header = ffi.new("uint8_t[]", lib.MIG_WIRE_HEADER_BYTES_MAX)
+    fields = {name: getattr(message, name) for name in ("request_id", "region", "first_page", "page_count")}
+    if isinstance(message, pb.FetchPagesRequest):
+        length = lib.mig_wire_encode_request(ffi.new("struct mig_fetch_request *", fields), header)
+        return ffi.buffer(header, length)[:]
+    content = message.WhichOneof("content")
+    fields |= {"generation": message.generation, "digest": message.digest}
+    fields["content"] = {None: lib.MIG_CONTENT_NONE, "data": lib.MIG_CONTENT_DATA, "zero": lib.MIG_CONTENT_ZERO}[
+        content
+    ]
+    fields["data_bytes"] = len(message.data) if content == "data" else 0
+    length = lib.mig_wire_encode_response(ffi.new("struct mig_fetch_response *", fields), header)
+    return ffi.buffer(header, length)[:] + (message.data if content == "data" else b"")
+
+
+@given(message=requests | responses)
+def test_what_c_writes_protobuf_reads_equal(message):
+    encoded = c_encoded(message)
+    flag, length = struct.unpack(">BI", encoded[:5])
+    assert (flag, length) == (0, len(encoded) - 5)
+    assert type(message).FromString(encoded[5:]) == message
+
+
+@given(message=requests | responses)
+def test_what_protobuf_writes_c_reads_equal(message):
+    assert c_values(type(message), message.SerializeToString()) == values_of(message)
+
+
+def test_largest_header_fits():
+    message = dict.fromkeys(("request_id", "first_page", "generation", "digest"), 2**64 - 1)
+    message |= {"region": 2**32 - 1, "page_count": 2**32 - 1, "content": lib.MIG_CONTENT_DATA, "data_bytes": 1 << 20}
+    header = ffi.new("uint8_t[]", 256)
+    length = lib.mig_wire_encode_response(ffi.new("struct mig_fetch_response *", message), header)
+    assert length <= lib.MIG_WIRE_HEADER_BYTES_MAX
+
+
+# ---- any valid encoding ----
+
+
+def varint(value, padding=0):
+    encoded = bytearray()
+    while value >= 0x80 or padding:
+        if value < 0x80:
+            padding -= 1
+        encoded.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*encoded, value])
+
+
+def tag(number, wire_type):
+    return varint(number << 3 | wire_type)
+
+
+@st.composite
+def payloads(draw, number, wire_type, depth):
+    """A field with its tag, of any wire type; groups hold fields."""
+    begin = tag(number, wire_type)
+    if wire_type == VARINT:
+        value = draw(uint64)
+        return begin + varint(value, draw(st.integers(0, 2)) if value < 2**49 else 0)
+    if wire_type == FIXED64:
+        return begin + draw(st.binary(min_size=8, max_size=8))
+    if wire_type == FIXED32:
+        return begin + draw(st.binary(min_size=4, max_size=4))
+    if wire_type == BYTES:
+        data = draw(st.binary(max_size=20))
+        return begin + varint(len(data)) + data
+    inner = draw(st.lists(fields_of(st.integers(1, FIELD_MAX), depth - 1), max_size=3))
+    return begin + b"".join(inner) + tag(number, GROUP_END)
+
+
+@st.composite
+def fields_of(draw, numbers, depth=3):
+    types = [VARINT, FIXED64, BYTES, FIXED32] + ([GROUP_BEGIN] if depth > 0 else [])
+    return draw(payloads(draw(numbers), draw(st.sampled_from(types)), depth))
+
+
+unknown_fields = fields_of(st.integers(10, FIELD_MAX) | st.just(8))
+# Their own numbers, with every wire type: mostly not the right one, and then they are unknown fields too. Number 7 is
+# a message: its bytes are one, or nothing is.
+known_numbers_of_any_type = fields_of(st.integers(1, 9).filter(lambda number: number != 7))
+zero_fields = st.builds(
+    lambda inner: tag(7, BYTES) + varint(len(b"".join(inner))) + b"".join(inner), st.lists(unknown_fields, max_size=2)
+)
+any_field = st.one_of(
+    unknown_fields,
+    known_numbers_of_any_type,
+    zero_fields,
+    st.builds(lambda data: tag(6, BYTES) + varint(len(data)) + data, st.binary(max_size=30)),
+    st.builds(lambda number, value: tag(number, VARINT) + varint(value), st.integers(1, 5), uint64),
+    st.builds(lambda value: tag(9, FIXED64) + struct.pack("<Q", value), uint64),
+)
+kinds = st.sampled_from([pb.FetchPagesRequest, pb.FetchPagesResponse])
+
+
+@given(kind=kinds, fields=st.lists(any_field, max_size=12))
+def test_fields_in_any_order_repeated_and_unknown_ones_are_read_as_protobuf_reads_them(kind, fields):
+    check_equal(kind, b"".join(fields))
+
+
+@given(first=st.binary(max_size=20), last_is_data=st.booleans())
+def test_last_content_counts(first, last_is_data):
+    data = tag(6, BYTES) + varint(len(first)) + first
+    zero = tag(7, BYTES) + b"\0"
+    raw = zero + data if last_is_data else data + zero
+    check_equal(pb.FetchPagesResponse, raw)
+    assert c_values(pb.FetchPagesResponse, raw)[6] == ("data" if last_is_data else "zero")
+
+
+@pytest.mark.parametrize("kind", [pb.FetchPagesRequest, pb.FetchPagesResponse])
+@pytest.mark.parametrize("depth", [1, 2, 50, 98, 99, 100, 101, 102, 10_000])
+def test_nested_groups_are_skipped_as_deep_as_protobuf_goes(kind, depth):
+    raw = tag(20, GROUP_BEGIN) * depth + tag(20, GROUP_END) * depth + tag(1, VARINT) + b"\x05"
+    check_no_more_is_accepted(kind, raw)
+    if depth <= 50:
+        check_equal(kind, raw)
+
+
+@pytest.mark.parametrize(
+    "depth",
+    [1, 50, 98, 99, 100, 101, 10_000],
+)
+def test_nested_groups_in_zero_pages_are_skipped_as_deep_as_protobuf_goes(depth):
+    inner = tag(20, GROUP_BEGIN) * depth + tag(20, GROUP_END) * depth
+    check_no_more_is_accepted(pb.FetchPagesResponse, tag(7, BYTES) + varint(len(inner)) + inner)
+
+
+# ---- what is no message ----
+
+BROKEN = {
+    "field 0": b"\x00\x01",
+    "wire type 6": b"\x0e\x01",
+    "wire type 7": b"\x0f\x01",
+    "end of a group that never began": tag(20, GROUP_END),
+    "group that never ends": tag(20, GROUP_BEGIN),
+    "group that another one ends": tag(20, GROUP_BEGIN) + tag(21, GROUP_END),
+    "groups that overlap": tag(20, GROUP_BEGIN) + tag(21, GROUP_BEGIN) + tag(20, GROUP_END) + tag(21, GROUP_END),
+    "varint of eleven bytes": tag(1, VARINT) + b"\x80" * 10 + b"\x01",
+    "varint without an end": tag(1, VARINT) + b"\x80",
+    "tag without an end": b"\x88",
+    "length without bytes": tag(6, BYTES) + b"\x01",
+    "length of 2^64-1": tag(6, BYTES) + varint(2**64 - 1),
+    "length of 2^63": tag(6, BYTES) + varint(2**63) + bytes(100),
+    "length of 2^31": tag(6, BYTES) + varint(2**31) + bytes(100),
+    "unknown length of 2^64-1": tag(30, BYTES) + varint(2**64 - 1),
+    "seven bytes of eight": tag(9, FIXED64) + bytes(7),
+    "three bytes of four": tag(30, FIXED32) + bytes(3),
+    "zero pages that are no message": tag(7, BYTES) + b"\x01\xff",
+    "zero pages with a group's end": tag(7, BYTES) + b"\x02" + tag(20, GROUP_END),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_is_no_message_is_refused(name):
+    raw = BROKEN[name]
+    assert protobuf_values(pb.FetchPagesResponse, raw) is None
+    assert c_values(pb.FetchPagesResponse, raw) is None
+    if not name.startswith("zero pages"):
+        assert c_values(pb.FetchPagesRequest, raw) is None
+
+
+@given(kind=kinds, fields=st.lists(any_field, min_size=1, max_size=6), data=st.data())
+def test_cut_message_is_accepted_only_where_protobuf_does(kind, fields, data):
+    raw = b"".join(fields)
+    check_no_more_is_accepted(kind, raw[: data.draw(st.integers(0, len(raw) - 1))])
+
+
+@given(kind=kinds, fields=st.lists(any_field, max_size=6), data=st.data())
+def test_message_with_changed_bytes_is_accepted_only_where_protobuf_does(kind, fields, data):
+    raw = bytearray(b"".join(fields) + b"\x08\x01")
+    for _ in range(data.draw(st.integers(1, 4))):
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    check_no_more_is_accepted(kind, bytes(raw))
+
+
+@given(kind=kinds, raw=st.binary(max_size=64))
+@example(kind=pb.FetchPagesRequest, raw=b"")
+def test_random_bytes_are_accepted_only_where_protobuf_does(kind, raw):
+    check_no_more_is_accepted(kind, raw)
+
+
+def test_field_0_in_a_group_is_refused():
+    """Stricter than protobuf, which takes it."""
+    assert c_values(pb.FetchPagesRequest, tag(20, GROUP_BEGIN) + b"\x00\x01" + tag(20, GROUP_END)) is None
+
+
+@pytest.mark.parametrize("number", [1, 9, 30])
+@pytest.mark.parametrize(
+    "padding",
+    [0, 1, 2, 5, 6, 8],
+)
+def test_tags_in_more_bytes_than_they_need_are_accepted_only_where_protobuf_does(number, padding):
+    raw = varint(number << 3, padding) + b"\x05"
+    check_no_more_is_accepted(pb.FetchPagesResponse, raw)
+    if len(raw) <= 5:
+        check_equal(pb.FetchPagesResponse, raw)
