@@ -216,7 +216,8 @@ static void send_run(const struct mig_page_call *call, struct mig_h2_stream *str
 static enum mig_status answer(struct mig_page_call *call, struct mig_h2_stream *stream,
                               const struct mig_fetch_request *request)
 {
-    uint8_t *pages = is_sent_from_file(request->page_count) ? NULL : call->buffer + mig_page_offset(call->used_pages);
+    const bool is_copied = call->buffer && !is_sent_from_file(request->page_count);
+    uint8_t *pages = is_copied ? call->buffer + mig_page_offset(call->used_pages) : NULL;
 
     if (request->region != 0) {
         mig_h2_explain(stream, "the guest has one RAM region, number 0, not number %u", request->region);

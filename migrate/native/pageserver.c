@@ -170,7 +170,8 @@ static bool work(struct connection *connection, uint64_t now_ns)
     for (struct mig_h2_stream *stream = mig_h2_next_stream(connection->h2, NULL); stream;
          stream = mig_h2_next_stream(connection->h2, stream)) {
         const uint64_t deadline_ns = mig_h2_deadline_ns(stream);
-        connection->busy_ns = now_ns;
+        if (call_of(stream)) /* a call that is not one yet keeps no place */
+            connection->busy_ns = now_ns;
         if (mig_page_call_is_bulk(call_of(stream)) && !connection->is_bulk)
             become_bulk(connection);
         if (deadline_ns && now_ns >= deadline_ns) {

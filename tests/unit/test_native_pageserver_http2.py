@@ -286,7 +286,6 @@ def test_reset_in_the_middle_of_a_big_reply_leaves_memory_alone(served):
 
 @pytest.mark.thorough
 @pytest.mark.timeout(100)
-@pytest.mark.xfail(reason="a stream whose headers never end counts as a call, so the connection is never idle")
 def test_headers_that_never_end_hold_a_place_for_a_minute_at_most(served, peer):
     """Nobody has proved anything yet, and there are 64 places."""
     peer.acknowledges = False
