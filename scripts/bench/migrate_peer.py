@@ -80,8 +80,8 @@ class Daemon:
                 return report
 
             try:
-                assert waiting.stdout is not None
-                waiting.stdout.readline()
+                if not (waiting.stdout and waiting.stdout.readline()):
+                    raise BenchError("the command does not start")
                 yield go
             finally:
                 waiting.kill()
