@@ -213,8 +213,7 @@ static uint64_t ask_background(struct mig_fetch *fetch, uint64_t now_ns, uint64_
 
     if (now_ns < *cap_free_ns)
         return *cap_free_ns - now_ns;
-    /* Requests leave in bunches: one that leaves alone costs a system call here and a wake-up there. */
-    if (mig_page_offset(link->order.open_pages) > fetch->window.bytes / 4 * 3)
+    if (mig_page_offset(link->order.open_pages) > fetch->window.kept_bytes)
         return 0;
     while (link->state == MIG_LINK_CALLING && mig_page_offset(link->order.open_pages) < fetch->window.bytes) {
         uint64_t first_page, queued_bytes;
@@ -281,7 +280,8 @@ static void *background_thread(void *argument)
             break;
         bool has_fault;
         const uint64_t patience_ns = mig_link_patience_ns(link, now_ns);
-        if (wait_for_work(link, -1, cap_ns ? sooner(cap_ns, patience_ns) : patience_ns, &has_fault))
+        if ((link->h2 && mig_h2_has_more(link->h2)) ||
+            wait_for_work(link, -1, cap_ns ? sooner(cap_ns, patience_ns) : patience_ns, &has_fault))
             mig_link_step(link, true, mig_now_ns());
     }
     __atomic_store_n(&fetch->is_background_busy, false, __ATOMIC_RELAXED);

@@ -14,6 +14,7 @@
 
 /* What nghttp2 hands out at once is at most one frame of 16 KiB that is not DATA; DATA comes through the batch. */
 enum { CONTROL_FRAME_BYTES_MAX = 17 << 10 };
+enum { LANDING_BYTES_MIN = 16 << 10, BEHIND_BYTES = 4 << 10 };
 
 /* ---- the batch ---- */
 
@@ -154,10 +155,39 @@ int mig_h2_flush(struct mig_h2 *connection)
     }
 }
 
+/* Hands bytes to nghttp2. Returns 0 or -errno. */
+static int take(struct mig_h2 *connection, const uint8_t *bytes, size_t count_bytes)
+{
+    const ssize_t taken = count_bytes ? nghttp2_session_mem_recv(connection->session, bytes, count_bytes) : 0;
+
+    if (taken >= 0 && !connection->is_broken)
+        return 0;
+    connection->is_broken = true;
+    if (!connection->error[0])
+        snprintf(connection->error, sizeof(connection->error), "HTTP/2: %s",
+                 nghttp2_strerror(taken < 0 ? (int)taken : NGHTTP2_ERR_PROTO));
+    nghttp2_session_terminate_session(connection->session, NGHTTP2_PROTOCOL_ERROR);
+    return taken == NGHTTP2_ERR_NOMEM ? -ENOMEM : -EPROTO;
+}
+
+/* The place of what arrives next, if it is much of a message: it need not be copied there. */
+static size_t find_landing(const struct mig_h2 *connection, uint8_t **ret)
+{
+    const size_t room = connection->landing ? mig_h2_call_room(connection->landing, ret) : 0;
+    const size_t bytes = room < connection->frame_left_bytes ? room : connection->frame_left_bytes;
+    return bytes >= LANDING_BYTES_MIN ? bytes : 0;
+}
+
 int mig_h2_receive(struct mig_h2 *connection, bool may_wait)
 {
-    const ssize_t got =
-        recv(connection->fd, connection->received, connection->limits.receive_bytes, may_wait ? 0 : MSG_DONTWAIT);
+    uint8_t *landing = NULL;
+    const size_t landing_bytes = find_landing(connection, &landing);
+    /* Behind the rest of a message, just enough for the next one to begin, which then lands in its place too. */
+    const size_t behind_bytes = landing_bytes ? BEHIND_BYTES : connection->limits.receive_bytes;
+    struct iovec iov[2] = {{landing, landing_bytes}, {connection->received, behind_bytes}};
+    struct msghdr message = {.msg_iov = iov, .msg_iovlen = 2};
+    const ssize_t got = recvmsg(connection->fd, &message, may_wait ? 0 : MSG_DONTWAIT);
+    connection->has_more = got == (ssize_t)(landing_bytes + behind_bytes);
     if (got < 0 && (errno == EAGAIN || errno == EINTR))
         return 0;
     if (got <= 0) {
@@ -169,16 +199,11 @@ int mig_h2_receive(struct mig_h2 *connection, bool may_wait)
     }
     connection->heard_ns = mig_now_ns();
     connection->wire_bytes += (uint64_t)got;
-    const ssize_t taken = nghttp2_session_mem_recv(connection->session, connection->received, (size_t)got);
-    if (taken < 0 || connection->is_broken) {
-        connection->is_broken = true;
-        if (!connection->error[0])
-            snprintf(connection->error, sizeof(connection->error), "HTTP/2: %s",
-                     nghttp2_strerror(taken < 0 ? (int)taken : NGHTTP2_ERR_PROTO));
-        nghttp2_session_terminate_session(connection->session, NGHTTP2_PROTOCOL_ERROR);
-        return taken == NGHTTP2_ERR_NOMEM ? -ENOMEM : -EPROTO;
-    }
-    return 1;
+    const size_t landed_bytes = (size_t)got < landing_bytes ? (size_t)got : landing_bytes;
+    int rc = take(connection, landing, landed_bytes);
+    if (rc == 0)
+        rc = take(connection, connection->received, (size_t)got - landed_bytes);
+    return rc < 0 ? rc : 1;
 }
 
 bool mig_h2_is_written(const struct mig_h2 *connection)
@@ -258,6 +283,11 @@ uint64_t mig_h2_take_ping_ns(struct mig_h2 *connection)
 int mig_h2_fd(const struct mig_h2 *connection)
 {
     return connection->fd;
+}
+
+bool mig_h2_has_more(const struct mig_h2 *connection)
+{
+    return connection->has_more;
 }
 
 uint64_t mig_h2_heard_ns(const struct mig_h2 *connection)

@@ -138,6 +138,8 @@ uint64_t mig_h2_take_ping_ns(struct mig_h2 *connection);
 /* ---- facts ---- */
 
 int mig_h2_fd(const struct mig_h2 *connection);
+/** Whether the last receive took all that it had room for: then there is more, probably. */
+bool mig_h2_has_more(const struct mig_h2 *connection);
 /** When bytes last came, CLOCK_MONOTONIC. */
 uint64_t mig_h2_heard_ns(const struct mig_h2 *connection);
 /** Whether the peer's SETTINGS have come: somebody who speaks HTTP/2 is there. */

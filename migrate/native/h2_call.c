@@ -406,6 +406,20 @@ static enum mig_status take_prefix(struct mig_h2_stream *stream, const uint8_t *
     return MIG_STATUS_OK;
 }
 
+/* Its end lies on a page boundary, and so do the pages that end it: the kernel copies these much faster. */
+static size_t lead_bytes(const struct mig_h2_stream *stream)
+{
+    return -stream->message_bytes % MIG_PAGE_SIZE_BYTES;
+}
+
+size_t mig_h2_call_room(const struct mig_h2_stream *stream, uint8_t **ret)
+{
+    if (stream->peer_ended || stream->prefix_bytes < MIG_PREFIX_BYTES || !stream->assembled_bytes)
+        return 0;
+    *ret = stream->assembly + lead_bytes(stream) + stream->assembled_bytes;
+    return stream->message_bytes - stream->assembled_bytes;
+}
+
 /* The whole message if it lies in the chunk, or once its last part has come; NULL until then. */
 static const uint8_t *assemble(struct mig_h2_stream *stream, const uint8_t **bytes, size_t *count_bytes)
 {
@@ -418,9 +432,7 @@ static const uint8_t *assemble(struct mig_h2_stream *stream, const uint8_t **byt
         *count_bytes -= part;
         return start;
     }
-    /* Its end lies on a page boundary, and so do the pages that end it: the kernel copies these much faster. */
-    const size_t lead_bytes = -stream->message_bytes % MIG_PAGE_SIZE_BYTES;
-    const size_t needed_bytes = lead_bytes + stream->message_bytes;
+    const size_t needed_bytes = lead_bytes(stream) + stream->message_bytes;
     if (stream->assembly_capacity < needed_bytes) {
         free(stream->assembly); /* nothing of the message is in it: its length was known before its first byte */
         stream->assembly = aligned_alloc(MIG_PAGE_SIZE_BYTES, needed_bytes);
@@ -430,8 +442,9 @@ static const uint8_t *assemble(struct mig_h2_stream *stream, const uint8_t **byt
             return NULL;
         }
     }
-    uint8_t *message = stream->assembly + lead_bytes;
-    memcpy(message + stream->assembled_bytes, start, part);
+    uint8_t *message = stream->assembly + lead_bytes(stream);
+    if (start != message + stream->assembled_bytes)
+        memcpy(message + stream->assembled_bytes, start, part);
     stream->assembled_bytes += part;
     *bytes += part;
     *count_bytes -= part;

@@ -74,6 +74,9 @@ struct mig_h2 {
     uint32_t resets;
 
     uint8_t *received;
+    struct mig_h2_stream *landing; /* whose DATA frame is arriving; NULL if it is none, or padded */
+    size_t frame_left_bytes;       /* of that frame */
+    bool has_more; /* the last receive took all that it had room for */
     uint64_t heard_ns;
     uint64_t ping_sent_ns; /* 0 if none is on its way */
     uint64_t ping_ns;
@@ -102,7 +105,9 @@ void mig_h2_resume(struct mig_h2_stream *stream);
 void mig_h2_call_begin(struct mig_h2_stream *stream);
 /** Client: response headers or trailers are complete. */
 void mig_h2_call_headers(struct mig_h2_stream *stream, bool is_last);
-/** Bytes of messages. Returns false if the call broke the rules. */
+/** Where the rest of the message that is arriving goes, and how much that is; 0 if there is no place for it yet. */
+size_t mig_h2_call_room(const struct mig_h2_stream *stream, uint8_t **ret);
+/** Bytes of messages, perhaps in their place already (mig_h2_call_room). Returns false if the call broke the rules. */
 bool mig_h2_call_bytes(struct mig_h2_stream *stream, const uint8_t *bytes, size_t count_bytes);
 /** Server: the peer half-closed. */
 void mig_h2_call_half_closed(struct mig_h2_stream *stream);

@@ -135,6 +135,16 @@ void mig_h2_resume(struct mig_h2_stream *stream)
 
 /* ---- in ---- */
 
+static int on_begin_frame(nghttp2_session *session, const nghttp2_frame_hd *header, void *user)
+{
+    struct mig_h2 *connection = user;
+    const bool is_plain_data = header->type == NGHTTP2_DATA && !(header->flags & NGHTTP2_FLAG_PADDED);
+
+    connection->landing = is_plain_data ? stream_of(session, header->stream_id) : NULL;
+    connection->frame_left_bytes = header->length;
+    return 0;
+}
+
 static int on_begin_headers(nghttp2_session *session, const nghttp2_frame *frame, void *user)
 {
     struct mig_h2 *connection = user;
@@ -243,6 +253,7 @@ static int on_data_chunk(nghttp2_session *session, uint8_t flags, int32_t id, co
     struct mig_h2_stream *stream = stream_of(session, id);
 
     (void)flags;
+    connection->frame_left_bytes -= count_bytes;
     nghttp2_session_consume_connection(session, count_bytes);
     /* A server's owner says when a stream's bytes are dealt with: that is what holds a greedy client back. */
     if (!stream || connection->role == MIG_H2_CLIENT)
@@ -274,6 +285,8 @@ static int on_stream_close(nghttp2_session *session, int32_t id, uint32_t code, 
 
     if (!stream)
         return 0;
+    if (connection->landing == stream)
+        connection->landing = NULL;
     if (code != NGHTTP2_NO_ERROR && ++connection->resets > RESETS_MAX)
         nghttp2_session_terminate_session(session, NGHTTP2_ENHANCE_YOUR_CALM);
     if (connection->role == MIG_H2_CLIENT && !stream->peer_ended && !stream->text[0]) {
@@ -319,6 +332,7 @@ static int on_error(nghttp2_session *session, int code, const char *text, size_t
 
 static void set_callbacks(nghttp2_session_callbacks *callbacks)
 {
+    nghttp2_session_callbacks_set_on_begin_frame_callback(callbacks, on_begin_frame);
     nghttp2_session_callbacks_set_on_begin_headers_callback(callbacks, on_begin_headers);
     nghttp2_session_callbacks_set_on_header_callback(callbacks, on_header);
     nghttp2_session_callbacks_set_on_frame_recv_callback(callbacks, on_frame_recv);

@@ -16,7 +16,9 @@ enum {
 static const uint64_t SECOND_NS = 1000000000u;
 static const uint64_t WINDOW_BYTES_FIRST = 64 << 10, WINDOW_BYTES_MIN = 16 << 10;
 /* Without a long path, more in flight than this only delays faults on pages that are on their way. */
-static const uint64_t WINDOW_BYTES_ENOUGH = 1 << 20, WINDOW_BYTES_MAX = 16 << 20;
+static const uint64_t WINDOW_BYTES_ENOUGH = 2 << 20, WINDOW_BYTES_MAX = 16 << 20;
+/* What keeps the source at work while a request wakes it. */
+static const uint64_t KEPT_BYTES_ENOUGH = 768 << 10;
 static const uint64_t QUEUE_TARGET_NS = 200000;
 static const uint64_t EPOCH_NS_MIN = 4000000, EPOCH_NS_PATIENT = 40000000;
 
@@ -43,6 +45,7 @@ static void resize(struct mig_window *window, uint64_t bytes)
     const uint64_t most = smaller(WINDOW_BYTES_MAX, larger(WINDOW_BYTES_ENOUGH, path_bytes));
 
     window->bytes = larger(WINDOW_BYTES_MIN, smaller(bytes, most));
+    window->kept_bytes = smaller(window->bytes / 4 * 3, larger(KEPT_BYTES_ENOUGH, path_bytes));
     const uint64_t run_pages = mig_offset_page(window->bytes / RUNS_PER_WINDOW);
     window->run_pages = (uint32_t)larger(RUN_PAGES_MIN, smaller(run_pages, RUN_PAGES_MAX));
 }

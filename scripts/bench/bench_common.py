@@ -30,6 +30,7 @@ TBF_RATE, TBF_BURST, TBF_LATENCY = "1gbit", "128kb", "20ms"
 _PACKAGES = {"qemu-system-x86_64": "qemu-system-x86", "ip": "iproute2", "tc": "iproute2"}
 _PACKAGES |= {"gcc": "gcc", "ld": "binutils", "objcopy": "binutils", "nm": "binutils", "setpriv": "util-linux"}
 _POLL_S = 0.01
+_WARM_MORE_BYTES_MAX = 1 << 30
 _COMMAND_S = 30
 _GOODPUT_S = 1.5
 
@@ -202,13 +203,14 @@ def machine_facts() -> dict[str, object]:
 
 
 def warm_memory(guest_bytes: int) -> None:
-    """Use and free memory for two guests, so that what is allocated next, within a second or so, comes from it.
+    """Use and free memory for a guest and more, so that what is allocated next, within a second or so, comes from it.
 
     In a virtual machine, memory that was free for some seconds may have gone back to the host (free page reporting),
-    and the first touch of each page then costs ten times as much. Memory for one guest is not enough: the allocator
-    takes some of it elsewhere.
+    and the first touch of each page then costs ten times as much. Memory for the guest alone is not enough: the
+    allocator takes some of it elsewhere.
     """
-    mmap.mmap(-1, 2 * guest_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE).close()
+    size_bytes = guest_bytes + min(guest_bytes, _WARM_MORE_BYTES_MAX)
+    mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE).close()
 
 
 # ---- processes ----

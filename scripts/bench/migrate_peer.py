@@ -69,14 +69,18 @@ class Daemon:
         What a migration costs must not depend on how long Python takes to start: memory that was warmed for it cools.
         """
         command = [*self._host.inside, sys.executable, "-c", _WAITING_CLI, *words, "--daemon", self.address, "--json"]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as waiting:
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as waiting:
 
             def go(deadline_s: float) -> dict[str, Any]:
                 try:
-                    output, _ = waiting.communicate("go\n", deadline_s)
-                    report: dict[str, Any] = json.loads(output.splitlines()[-1])
-                except (subprocess.TimeoutExpired, IndexError, ValueError) as error:
-                    raise BenchError(f"migrate {' '.join(words)}: {error!r}") from error
+                    output, complaints = waiting.communicate("go\n", deadline_s)
+                except subprocess.TimeoutExpired as error:
+                    raise BenchError(f"migrate {' '.join(words)}: {error}") from error
+                if not output.strip():
+                    raise BenchError(f"migrate {' '.join(words)}: {complaints.strip()[-500:]}")
+                report: dict[str, Any] = json.loads(output.splitlines()[-1])
                 return report
 
             try:
