@@ -7,6 +7,7 @@
  * The first byte of an input for server and client says what the rest is: bytes as they come, bytes behind the
  * beginning of a good conversation, or a script of frames (see play), which gets further than bytes ever do.
  */
+#include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -80,9 +81,10 @@ static struct mig_exports *served(void)
 
     if (exports)
         return exports;
-    const int memfd = memfd_create("fuzz", MFD_CLOEXEC);
+    const int memfd = memfd_create("fuzz", MFD_CLOEXEC | MFD_ALLOW_SEALING);
     require(memfd >= 0 && !ftruncate(memfd, (off_t)mig_page_offset(PAGES)));
-    for (uint64_t i = 0; i < PAGES / 2; i++) { /* the rest is a hole */
+    require(!fcntl(memfd, F_ADD_SEALS, F_SEAL_SHRINK)); /* else its pages are never sent from the file */
+    for (uint64_t i = 0; i < PAGES / 2; i++) {          /* the rest is a hole */
         memset(page, i % 5 ? (int)i : 0, sizeof(page));
         require(pwrite(memfd, page, sizeof(page), (off_t)mig_page_offset(i)) == (ssize_t)sizeof(page));
     }
@@ -91,10 +93,13 @@ static struct mig_exports *served(void)
     return exports;
 }
 
+/* Of the one connection that there is at a time. */
+static struct mig_page_calls calls;
+
 static enum mig_status on_call(void *user, struct mig_h2_stream *stream)
 {
     struct mig_page_call *call = NULL;
-    const enum mig_status status = mig_page_call_begin(stream, served(), &call);
+    const enum mig_status status = mig_page_call_begin(stream, served(), &calls, &call);
 
     (void)user;
     mig_h2_set_stream_user(stream, call);
@@ -113,6 +118,12 @@ static void on_request_end(void *user, struct mig_h2_stream *stream)
     mig_page_call_no_more(mig_h2_stream_user(stream));
 }
 
+static void on_close(void *user, struct mig_h2_stream *stream)
+{
+    (void)user;
+    mig_page_call_closed(mig_h2_stream_user(stream));
+}
+
 static void on_free(void *user, struct mig_h2_stream *stream)
 {
     (void)user;
@@ -124,7 +135,9 @@ static bool serve(struct session *session)
 {
     for (unsigned i = 0; i < STEPS_MAX; i++) {
         bool worked = false;
+        require(mig_page_calls_pin(&calls));
         const int flushed = mig_h2_flush(session->h2);
+        mig_page_calls_unpin(&calls);
         if (flushed < 0)
             return false;
         if (flushed == 0) {
@@ -160,7 +173,7 @@ __attribute__((unused)) static int fuzz_server(const uint8_t *data, size_t count
         .frame_bytes_max = 16 << 10,
         .window_bytes = 65535,
     };
-    static const struct mig_h2_handler handler = {on_call, on_request, on_request_end, NULL, on_free};
+    static const struct mig_h2_handler handler = {on_call, on_request, on_request_end, on_close, on_free};
     struct session session = {.step = serve};
 
     if (!count_bytes)
@@ -169,6 +182,7 @@ __attribute__((unused)) static int fuzz_server(const uint8_t *data, size_t count
     require(!mig_h2_create(fd, MIG_H2_SERVER, &limits, &handler, &session, &session.h2));
     converse(&session, data, count_bytes);
     finish(&session);
+    require(!calls.first);
     return 0;
 }
 
