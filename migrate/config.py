@@ -5,7 +5,7 @@ from pathlib import Path
 
 from migrate.errors import ConfigError
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 """Spoken between daemons. A destination accepts its own version and the one before."""
 
 REQUEST_PAGES_MAX = 256

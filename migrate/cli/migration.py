@@ -1,4 +1,4 @@
-"""`migrate start`, `status` and `list`."""
+"""`migrate start`, `status`, `list`, `switchover` and `cancel`."""
 
 import sys
 from contextlib import closing
@@ -32,6 +32,7 @@ from migrate.v1 import migration_service_pb2, types_pb2
 
 # What a shell reports of a command that an interrupt ended.
 EXIT_INTERRUPTED = 130
+_CANCEL_DEADLINE_S = 90.0
 
 _SETTLED = {
     types_pb2.MIGRATION_STATE_COMPLETED,
@@ -96,6 +97,36 @@ def status(migration: str | None, daemon: str, as_json: bool) -> None:
         print_json(migration_status_json(found))
     else:
         stdout_console().print(migration_detail(found))
+
+
+@click.command()
+@click.argument("migration", required=False)
+@daemon_option
+def switchover(migration: str | None, daemon: str) -> None:
+    """Have MIGRATION, or the daemon's latest one, switch over now: what is missing follows by postcopy."""
+    with connect(daemon) as remote:
+        migration_id = migration or _latest(remote).migration_id
+        request = migration_service_pb2.StartSwitchoverRequest(migration_id=migration_id)
+        remote.call(remote.migrations.StartSwitchover, request)
+
+
+@click.command()
+@click.argument("migration", required=False)
+@daemon_option
+@json_option
+def cancel(migration: str | None, daemon: str, as_json: bool) -> None:
+    """Give up MIGRATION, or the daemon's latest one: the guest runs on at the source, the destination keeps nothing.
+
+    Possible until the vCPUs are told to stop for the switchover.
+    """
+    with connect(daemon) as remote:
+        migration_id = migration or _latest(remote).migration_id
+        request = migration_service_pb2.CancelMigrationRequest(migration_id=migration_id)
+        cancelled = remote.call(remote.migrations.CancelMigration, request, deadline_s=_CANCEL_DEADLINE_S).migration
+    if as_json:
+        print_json(migration_status_json(cancelled))
+    else:
+        stdout_console().print(migration_detail(cancelled))
 
 
 @click.command("list")

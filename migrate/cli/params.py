@@ -8,7 +8,7 @@ import click
 
 from migrate.config import Endpoint
 from migrate.errors import ConfigError
-from migrate.units import PAGE_SIZE_BYTES, parse_rate_bytes_per_s, parse_size_bytes
+from migrate.units import PAGE_SIZE_BYTES, parse_duration_us, parse_rate_bytes_per_s, parse_size_bytes
 from migrate.v1 import migration_service_pb2, types_pb2
 
 DEFAULT_DAEMON = "127.0.0.1:7400"
@@ -23,9 +23,18 @@ _WORKLOADS = {
     "sequential": types_pb2.WORKLOAD_DISTRIBUTION_SEQUENTIAL,
     "idle": types_pb2.WORKLOAD_DISTRIBUTION_IDLE,
 }
-_MODES = {"postcopy": types_pb2.MIGRATION_MODE_POSTCOPY}
+_MODES = {
+    "postcopy": types_pb2.MIGRATION_MODE_POSTCOPY,
+    "hybrid": types_pb2.MIGRATION_MODE_HYBRID,
+    "precopy": types_pb2.MIGRATION_MODE_PRECOPY,
+}
+_NO_CONVERGENCE = {
+    "postcopy": types_pb2.NO_CONVERGENCE_POSTCOPY,
+    "wait": types_pb2.NO_CONVERGENCE_WAIT,
+    "fail": types_pb2.NO_CONVERGENCE_FAIL,
+}
 _TRANSPORTS = {"native": types_pb2.PAGE_TRANSPORT_NATIVE_GRPC, "grpcio": types_pb2.PAGE_TRANSPORT_GRPCIO}
-_ORDERS = ("precopy",)
+_ORDERS = ("precopy", "follow", "bubble")
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -69,6 +78,7 @@ def _ram_bytes(text: str) -> int:
 ENDPOINT = _Parsed("HOST:PORT", _endpoint)
 GUEST_NAME = _Parsed("NAME", _guest_name)
 RAM_SIZE = _Parsed("SIZE", _ram_bytes)
+DURATION = _Parsed("DURATION", parse_duration_us)
 RATE = _Parsed("RATE", parse_rate_bytes_per_s)
 
 daemon_option = click.option(
@@ -99,7 +109,9 @@ class GuestOptions(TypedDict):
 class MigrationOptions(TypedDict):
     """What migration_options() passes to a command."""
 
-    mode: str
+    mode: str | None
+    downtime_limit: int
+    on_no_convergence: str
     order: str
     max_bandwidth: int
     transport: str
@@ -150,7 +162,23 @@ def migration_options() -> Callable[[_Command], _Command]:
     """Options of `start` that say how to migrate."""
     return _stack(
         click.option(
-            "--mode", type=_choice(_MODES), default="postcopy", show_default=True, help="When the switchover happens."
+            "--mode",
+            type=_choice(_MODES),
+            help="When the switchover happens.  [default: hybrid, or postcopy for a guest without a dirty log]",
+        ),
+        click.option(
+            "--downtime-limit",
+            type=DURATION,
+            default="50ms",
+            show_default=True,
+            help="In mode precopy, how long the vCPUs may stand still.",
+        ),
+        click.option(
+            "--on-no-convergence",
+            type=_choice(_NO_CONVERGENCE),
+            default="postcopy",
+            show_default=True,
+            help="In mode precopy, what to do if the guest writes faster than its pages move.",
         ),
         click.option(
             "--order", type=_choice(_ORDERS), default="precopy", show_default=True, help="Order of the background."
@@ -189,7 +217,9 @@ def start_request(guest: str, to: str, options: MigrationOptions) -> migration_s
     return migration_service_pb2.StartMigrationRequest(
         guest=guest,
         to=to,
-        mode=_MODES[options["mode"]],
+        mode=_MODES[options["mode"]] if options["mode"] else types_pb2.MIGRATION_MODE_UNSPECIFIED,
+        downtime_limit_us=options["downtime_limit"],
+        on_no_convergence=_NO_CONVERGENCE[options["on_no_convergence"]],
         order=options["order"],
         transport=_TRANSPORTS[options["transport"]],
         max_bandwidth_bytes_per_s=options["max_bandwidth"],

@@ -12,7 +12,7 @@ from migrate.errors import AlreadyExistsError, ConfigError, GuestHolder, NotFoun
 from migrate.native.exports import Exports
 from migrate.session.destination import DestinationSession, Twin
 from migrate.session.record import MigrationRecord
-from migrate.session.rules import HostFacts, check_prepare, check_terms, choose_transport
+from migrate.session.rules import HostFacts, check_prepare, check_terms, choose_mode, choose_transport
 from migrate.session.source import SourceSession
 from migrate.telemetry.clock import Clock
 from migrate.telemetry.host import available_bytes
@@ -21,6 +21,7 @@ from migrate.v1 import transfer_service_pb2 as transfer
 from migrate.v1 import types_pb2 as types
 
 _JOIN_S = 10.0
+_AWAIT_US_MAX = 1_000_000
 
 _log = logging.getLogger(__name__)
 
@@ -57,13 +58,16 @@ class MigrationRegistry:
             NotFoundError: there is no such guest.
             GuestBusyError: it is being moved already.
         """
-        check_terms(request.mode, request.order)
+        check_terms(request.mode or types.MIGRATION_MODE_HYBRID, request.order)
         to = Endpoint.parse(request.to)
+        kind = self._guests.find(request.guest).spec.kind
+        choose_mode(request.mode, kind)
         migration_id = uuid.uuid4().hex[:12]
         guest = self._guests.claim(request.guest, migration_id)
         session = SourceSession(
             migration_id,
             request,
+            kind,
             guest.client,
             GrpcPeer(to, "destination"),
             self._exports,
@@ -84,11 +88,7 @@ class MigrationRegistry:
         Raises:
             NotFoundError: no such migration left here.
         """
-        with self._lock:
-            session = self._sources.get(request.migration_id)
-        if session is None:
-            raise _unknown(request.migration_id)
-        session.complete(request.token, request.migration)
+        self._outgoing(request.migration_id).complete(request.token, request.migration)
 
     # ---- as a destination ----
 
@@ -127,6 +127,14 @@ class MigrationRegistry:
         self._spawn(f"destination-{request.migration_id}", session.run)
         return session.transport
 
+    def invalidate(self, request: transfer.InvalidateRequest) -> None:
+        """Lose pages that are stale.
+
+        Raises:
+            MigrateError: they cannot be, now.
+        """
+        self._incoming(request.migration_id).invalidate(request)
+
     def switch_over(self, request: transfer.SwitchoverRequest) -> transfer.SwitchoverResponse:
         """Run a prepared guest.
 
@@ -135,13 +143,15 @@ class MigrationRegistry:
         """
         return self._incoming(request.migration_id).switch_over(request)
 
-    def incoming(self, migration_id: str) -> types.Migration:
-        """What this destination knows of a migration.
+    def incoming(self, migration_id: str, await_complete_us: int) -> types.Migration:
+        """What this destination knows of a migration, at once, or when no page is missing or the time is over.
 
         Raises:
             NotFoundError: it never came here.
         """
-        return self._incoming(migration_id).record.snapshot()
+        session = self._incoming(migration_id)
+        session.await_complete(min(await_complete_us, _AWAIT_US_MAX))
+        return session.record.snapshot()
 
     def abort(self, migration_id: str, reason: str) -> None:
         """Undo a Prepare, and fence the id: a Prepare or Switchover that is still on its way is refused.
@@ -157,6 +167,26 @@ class MigrationRegistry:
         session.abort(reason)
 
     # ---- for operators ----
+
+    def start_switchover(self, migration_id: str) -> None:
+        """Switch over as soon as possible.
+
+        Raises:
+            NotFoundError: no such migration leaves here.
+            GuestBusyError: it has begun already.
+        """
+        self._outgoing(migration_id).start_switchover()
+
+    def cancel(self, migration_id: str) -> types.Migration:
+        """Give up a migration; returns when it is undone.
+
+        Raises:
+            NotFoundError: no such migration leaves here.
+            GuestBusyError: it is too late.
+        """
+        session = self._outgoing(migration_id)
+        session.cancel()
+        return session.record.snapshot()
 
     def record(self, migration_id: str) -> MigrationRecord:
         """One migration.
@@ -186,6 +216,13 @@ class MigrationRegistry:
             session.stop()
         for thread in threads:
             thread.join(_JOIN_S)
+
+    def _outgoing(self, migration_id: str) -> SourceSession:
+        with self._lock:
+            session = self._sources.get(migration_id)
+        if session is None:
+            raise _unknown(migration_id)
+        return session
 
     def _incoming(self, migration_id: str) -> DestinationSession:
         with self._lock:

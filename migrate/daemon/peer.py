@@ -41,9 +41,13 @@ class GrpcPeer:
         """Hand over the state; returns when the guest runs there."""
         return self._call(self._stub.Switchover, request, _SWITCHOVER_S)
 
-    def get_incoming(self, migration_id: str) -> types.Migration:
-        """The migration as the destination sees it."""
-        request = transfer.GetIncomingRequest(migration_id=migration_id)
+    def invalidate(self, request: transfer.InvalidateRequest) -> None:
+        """Say which pages are stale."""
+        self._call(self._stub.Invalidate, request, _SHORT_S)
+
+    def get_incoming(self, migration_id: str, await_complete_us: int = 0) -> types.Migration:
+        """The migration as the destination sees it, at once, or when no page is missing or the time is over."""
+        request = transfer.GetIncomingRequest(migration_id=migration_id, await_complete_us=await_complete_us)
         return self._call(self._stub.GetIncoming, request, _SHORT_S).migration
 
     def complete(self, request: transfer.CompleteRequest) -> None:

@@ -112,6 +112,17 @@ class MigrationServicer(migration_rpc.MigrationServiceServicer):
             if is_final:
                 return
 
+    def StartSwitchover(
+        self, request: migration.StartSwitchoverRequest, context: grpc.ServicerContext
+    ) -> migration.StartSwitchoverResponse:
+        self._migrations.start_switchover(request.migration_id)
+        return migration.StartSwitchoverResponse()
+
+    def CancelMigration(
+        self, request: migration.CancelMigrationRequest, context: grpc.ServicerContext
+    ) -> migration.CancelMigrationResponse:
+        return migration.CancelMigrationResponse(migration=self._migrations.cancel(request.migration_id))
+
 
 class TransferServicer(transfer_rpc.TransferServiceServicer):
     """Migrations, for the other daemon."""
@@ -123,6 +134,12 @@ class TransferServicer(transfer_rpc.TransferServiceServicer):
         transport = self._migrations.prepare(request, _peer_host(context.peer()))
         return transfer.PrepareResponse(protocol_version=PROTOCOL_VERSION, transport=transport)
 
+    def Invalidate(
+        self, request: transfer.InvalidateRequest, context: grpc.ServicerContext
+    ) -> transfer.InvalidateResponse:
+        self._migrations.invalidate(request)
+        return transfer.InvalidateResponse()
+
     def Switchover(
         self, request: transfer.SwitchoverRequest, context: grpc.ServicerContext
     ) -> transfer.SwitchoverResponse:
@@ -131,7 +148,8 @@ class TransferServicer(transfer_rpc.TransferServiceServicer):
     def GetIncoming(
         self, request: transfer.GetIncomingRequest, context: grpc.ServicerContext
     ) -> transfer.GetIncomingResponse:
-        return transfer.GetIncomingResponse(migration=self._migrations.incoming(request.migration_id))
+        migration = self._migrations.incoming(request.migration_id, request.await_complete_us)
+        return transfer.GetIncomingResponse(migration=migration)
 
     def Complete(self, request: transfer.CompleteRequest, context: grpc.ServicerContext) -> transfer.CompleteResponse:
         self._migrations.complete(request)

@@ -51,12 +51,23 @@ class GuestClient:
 
     def arm(self) -> tuple[int, list[int]]:
         """The userfaultfd, which the caller closes, and each region's address in the guest process."""
-        response, fds = self._call(self._connection, pb.GuestRequest(arm=pb.ArmRequest()))
-        if len(fds) != 1:
-            for fd in fds:
-                os.close(fd)
-            raise RemoteProtocolError(f"the guest armed itself with {len(fds)} descriptors")
-        return fds[0], list(response.arm.region_hva)
+        response, fd = self._with_descriptor(pb.GuestRequest(arm=pb.ArmRequest()))
+        return fd, list(response.arm.region_hva)
+
+    def start_dirty_log(self) -> int:
+        """Note the pages that are written from now on; the memfd of the log, which the caller closes.
+
+        Its bit 0 of byte 0 is page 0; `sync_dirty_log` fills it in.
+        """
+        return self._with_descriptor(pb.GuestRequest(start_dirty_log=pb.StartDirtyLogRequest()))[1]
+
+    def sync_dirty_log(self) -> int:
+        """Move what was noted into the log's memfd; how many pages that are."""
+        return self._plain(pb.GuestRequest(sync_dirty_log=pb.SyncDirtyLogRequest())).sync_dirty_log.dirty_pages
+
+    def stop_dirty_log(self) -> None:
+        """Note nothing any more."""
+        self._plain(pb.GuestRequest(stop_dirty_log=pb.StopDirtyLogRequest()))
 
     def disarm(self) -> None:
         """Let holes read as zero."""
@@ -97,6 +108,14 @@ class GuestClient:
             connection.close()
             raise GuestGoneError(f"no guest listens at {self._path.name}: {error.strerror}") from error
         return connection
+
+    def _with_descriptor(self, request: pb.GuestRequest) -> tuple[pb.GuestResponse, int]:
+        response, fds = self._call(self._connection, request)
+        if len(fds) != 1:
+            for fd in fds:
+                os.close(fd)
+            raise RemoteProtocolError(f"the guest answered with {len(fds)} descriptors, not one")
+        return response, fds[0]
 
     def _plain(self, request: pb.GuestRequest) -> pb.GuestResponse:
         response, fds = self._call(self._connection, request)

@@ -73,6 +73,7 @@ class Guest:
         mailbox_hva = ctypes.addressof(ctypes.c_char.from_buffer(self._mailboxes))
         self._machine = Machine(self._ram_hva, spec.memory_bytes, mailbox_hva, spec.vcpus, self._cpuid)
         self._uffd: int | None = None
+        self._dirty_log: tuple[int, mmap.mmap] | None = None
         self._loaded = False
         self._has_run = False
         self._running = False
@@ -230,6 +231,43 @@ class Guest:
                 os.close(self._uffd)
                 self._uffd = None
 
+    def start_dirty_log(self) -> int:
+        """Note the pages that the vCPUs write; the memfd of the log. Repeatable: the log begins anew.
+
+        Raises:
+            KvmError: there is no such log here.
+        """
+        with self._lock:
+            self._machine.start_dirty_log()
+            if self._dirty_log is None:
+                size_bytes = -(-(self._spec.memory_bytes // PAGE_SIZE_BYTES) // 64) * 8
+                memfd = os.memfd_create(f"migrate-{self._spec.name}-dirty", _MFD_FLAGS)
+                os.ftruncate(memfd, size_bytes)
+                fcntl.fcntl(memfd, _F_ADD_SEALS, _F_SEAL_SHRINK_GROW)
+                self._dirty_log = (memfd, mmap.mmap(memfd, size_bytes))
+            return self._dirty_log[0]
+
+    def sync_dirty_log(self) -> int:
+        """Move what was noted into the log's memfd; how many pages that are.
+
+        Raises:
+            GuestBusyError: no log was begun.
+        """
+        with self._lock:
+            if self._dirty_log is None:
+                raise GuestBusyError("no dirty log was begun")
+            return self._machine.sync_dirty_log(self._dirty_log[1])
+
+    def stop_dirty_log(self) -> None:
+        """Note nothing any more. Repeatable."""
+        with self._lock:
+            if self._dirty_log is not None:
+                self._machine.stop_dirty_log()
+                memfd, mapping = self._dirty_log
+                self._dirty_log = None
+                mapping.close()
+                os.close(memfd)
+
     def _touches(self) -> int:
         return sum(self._machine.mailbox(index).touches for index in range(self._spec.vcpus))
 
@@ -308,6 +346,14 @@ def _arm(guest: Guest, _: pb.GuestRequest) -> tuple[pb.GuestResponse, list[int]]
     return pb.GuestResponse(arm=pb.ArmResponse(region_hva=[hva])), [fd]
 
 
+def _start_dirty_log(guest: Guest, _: pb.GuestRequest) -> tuple[pb.GuestResponse, list[int]]:
+    return pb.GuestResponse(start_dirty_log=pb.StartDirtyLogResponse()), [guest.start_dirty_log()]
+
+
+def _sync_dirty_log(guest: Guest, _: pb.GuestRequest) -> tuple[pb.GuestResponse, list[int]]:
+    return pb.GuestResponse(sync_dirty_log=pb.SyncDirtyLogResponse(dirty_pages=guest.sync_dirty_log())), []
+
+
 def _statistics(guest: Guest, _: pb.GuestRequest) -> tuple[pb.GuestResponse, list[int]]:
     statistics = pb.StatisticsResponse(statistics=guest.statistics(), state=guest.state)
     return pb.GuestResponse(statistics=statistics), []
@@ -322,6 +368,7 @@ _CHANGES: dict[str, Callable[[Guest, pb.GuestRequest], None]] = {
     "resume": lambda guest, _: guest.resume(),
     "load_state": lambda guest, request: guest.load_state(request.load_state.state),
     "disarm": lambda guest, _: guest.disarm(),
+    "stop_dirty_log": lambda guest, _: guest.stop_dirty_log(),
     "shutdown": lambda *_: None,
 }
 _READS: dict[str, Callable[[Guest, pb.GuestRequest], tuple[pb.GuestResponse, list[int]]]] = {
@@ -330,6 +377,8 @@ _READS: dict[str, Callable[[Guest, pb.GuestRequest], tuple[pb.GuestResponse, lis
     "arm": _arm,
     "statistics": _statistics,
     "audit": _audit,
+    "start_dirty_log": _start_dirty_log,
+    "sync_dirty_log": _sync_dirty_log,
 }
 
 

@@ -68,6 +68,20 @@ static uint64_t next(const struct mig_bitmap *bitmap, uint64_t from, uint64_t fl
     return bit < bitmap->bits ? bit : bitmap->bits;
 }
 
+uint64_t mig_bitmap_next_set_without(const struct mig_bitmap *bitmap, const struct mig_bitmap *without, uint64_t from)
+{
+    if (from >= bitmap->bits)
+        return bitmap->bits;
+    uint64_t word = from / 64;
+    uint64_t found = bitmap->words[word] & ~without->words[word] & ~0ull << from % 64;
+    while (!found) {
+        if (++word * 64 >= bitmap->bits)
+            return bitmap->bits;
+        found = bitmap->words[word] & ~without->words[word];
+    }
+    return word * 64 + (uint64_t)__builtin_ctzll(found); /* no bit beyond the last is ever set */
+}
+
 uint64_t mig_bitmap_next_set(const struct mig_bitmap *bitmap, uint64_t from)
 {
     return next(bitmap, from, 0);

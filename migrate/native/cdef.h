@@ -22,6 +22,7 @@ struct mig_run {
 struct mig_page_source;
 int mig_page_source_create(int memfd, uint64_t pages, struct mig_page_source **ret);
 void mig_page_source_destroy(struct mig_page_source *source);
+void mig_page_source_digest_replies(struct mig_page_source *source);
 int mig_page_source_take_digests(struct mig_page_source *source, uint64_t *ret_memory_digest);
 int mig_page_source_read(struct mig_page_source *source, uint64_t first_page, uint32_t count_pages, void *buffer,
                          struct mig_run *runs);
@@ -31,9 +32,11 @@ struct mig_pager_counters {
     uint64_t total_pages;
     uint64_t missing_pages;
     uint64_t zero_pages;
+    uint64_t precopy_pages;
     uint64_t urgent_pages;
     uint64_t background_pages;
     uint64_t duplicate_pages;
+    uint64_t stale_pages;
     uint64_t verified_pages;
     uint64_t faults;
     uint64_t lost_records;
@@ -49,16 +52,22 @@ struct mig_fault_record {
     uint32_t kind;
 };
 struct mig_pager;
-int mig_pager_create(int uffd, uint64_t region_hva, uint64_t pages, struct mig_pager **ret);
+enum mig_order_kind { MIG_ORDER_PRECOPY, MIG_ORDER_FOLLOW, MIG_ORDER_BUBBLE };
+int mig_pager_create(int uffd, uint64_t region_hva, uint64_t pages, enum mig_order_kind order, struct mig_pager **ret);
 void mig_pager_destroy(struct mig_pager *pager);
 void mig_pager_stop(struct mig_pager *pager);
+void mig_pager_begin_precopy(struct mig_pager *pager, int memfd, bool verify);
+int mig_pager_invalidate(struct mig_pager *pager, uint64_t generation, uint64_t first_page, uint64_t count_pages,
+                         const uint8_t *stale);
+void mig_pager_hold(struct mig_pager *pager, bool is_held);
+void mig_pager_go_live(struct mig_pager *pager);
+bool mig_pager_is_complete(const struct mig_pager *pager);
 int mig_pager_start_fault_thread(struct mig_pager *pager);
 int mig_pager_claim_urgent(struct mig_pager *pager, uint64_t *pages, uint32_t max_pages, uint64_t timeout_us);
-int mig_pager_give_back(struct mig_pager *pager, uint64_t first_page, uint64_t count_pages);
 uint32_t mig_pager_claim_run(struct mig_pager *pager, uint32_t max_pages, uint64_t *ret_first_page);
-int mig_pager_place_data(struct mig_pager *pager, uint64_t first_page, uint64_t count_pages, const void *data,
-                         enum mig_page_kind kind, bool verify, uint64_t digest);
-int mig_pager_place_zero(struct mig_pager *pager, uint64_t first_page, uint64_t count_pages);
+int mig_pager_place_data(struct mig_pager *pager, uint64_t generation, uint64_t first_page, uint64_t count_pages,
+                         const void *data, enum mig_page_kind kind, bool verify, uint64_t digest);
+int mig_pager_place_zero(struct mig_pager *pager, uint64_t generation, uint64_t first_page, uint64_t count_pages);
 int mig_pager_wait_done(struct mig_pager *pager, uint64_t timeout_us);
 const struct mig_pager_counters *mig_pager_counters(const struct mig_pager *pager);
 uint32_t mig_pager_drain_records(struct mig_pager *pager, struct mig_fault_record *records, uint32_t max_records);
@@ -73,6 +82,16 @@ uint64_t mig_bitmap_set_range(struct mig_bitmap *bitmap, uint64_t first, uint64_
 uint64_t mig_bitmap_clear_range(struct mig_bitmap *bitmap, uint64_t first, uint64_t count);
 uint64_t mig_bitmap_next_set(const struct mig_bitmap *bitmap, uint64_t from);
 uint64_t mig_bitmap_next_clear(const struct mig_bitmap *bitmap, uint64_t from);
+uint64_t mig_bitmap_next_set_without(const struct mig_bitmap *bitmap, const struct mig_bitmap *without, uint64_t from);
+
+struct mig_order {
+    enum mig_order_kind kind;
+    ...;
+};
+void mig_order_on_fault(struct mig_order *order, uint64_t page);
+void mig_order_on_more(struct mig_order *order, uint64_t first_page);
+uint32_t mig_order_next(struct mig_order *order, const struct mig_bitmap *missing, const struct mig_bitmap *requested,
+                        uint32_t max_pages, uint64_t *ret_first_page);
 
 /* ---- the page call: wire.h, reply_order.h, pacing.h, exports.h, pageserver.h, fetch.h ---- */
 struct mig_fetch_request {
@@ -148,10 +167,12 @@ int mig_exports_create(struct mig_exports **ret);
 void mig_exports_destroy(struct mig_exports *exports);
 int mig_exports_publish(struct mig_exports *exports, const char *migration_id, const char *token,
                         struct mig_page_source *source);
+int mig_exports_set_generation(struct mig_exports *exports, const char *migration_id, uint64_t generation);
 void mig_exports_withdraw(struct mig_exports *exports, const char *migration_id);
 int mig_exports_find(struct mig_exports *exports, const char *migration_id, const char *authorization,
                      struct mig_export **ret);
 void mig_export_put(struct mig_export *export);
+uint64_t mig_export_generation(const struct mig_export *export);
 struct mig_page_source *mig_export_enter(struct mig_export *export);
 void mig_export_leave(struct mig_export *export);
 
@@ -213,6 +234,7 @@ int mig_fetch_connect(struct mig_fetch *fetch, uint64_t timeout_us);
 int mig_fetch_start(struct mig_fetch *fetch, struct mig_pager *pager);
 int mig_fetch_wait(struct mig_fetch *fetch, uint64_t timeout_us);
 void mig_fetch_stop(struct mig_fetch *fetch);
+void mig_fetch_wake(struct mig_fetch *fetch);
 void mig_fetch_read_failure(struct mig_fetch *fetch, struct mig_fetch_failure *ret);
 const struct mig_fetch_counters *mig_fetch_counters(const struct mig_fetch *fetch);
 
@@ -269,6 +291,10 @@ int mig_machine_boot(struct mig_machine *machine, uint64_t code_gpa, uint64_t st
 void mig_machine_resume(struct mig_machine *machine);
 
 int mig_machine_pause(struct mig_machine *machine, uint64_t timeout_us);
+
+int mig_machine_start_dirty_log(struct mig_machine *machine);
+int64_t mig_machine_sync_dirty_log(struct mig_machine *machine, uint64_t *bitmap);
+int mig_machine_stop_dirty_log(struct mig_machine *machine);
 
 const char *mig_machine_failure(const struct mig_machine *machine);
 

@@ -17,6 +17,7 @@ struct mig_export {
     char *authorization; /* as the caller must send it */
     struct mig_page_source *source;
     int memfd;
+    uint64_t generation; /* read without the mutex */
     unsigned holders, readers;
     bool withdrawn;
 };
@@ -93,6 +94,21 @@ int mig_exports_publish(struct mig_exports *exports, const char *migration_id, c
     if (!is_new)
         free_export(export);
     return is_new ? 0 : -EEXIST;
+}
+
+int mig_exports_set_generation(struct mig_exports *exports, const char *migration_id, uint64_t generation)
+{
+    pthread_mutex_lock(&exports->mutex);
+    struct mig_export *export = *find_link(exports, migration_id);
+    if (export)
+        __atomic_store_n(&export->generation, generation, __ATOMIC_SEQ_CST);
+    pthread_mutex_unlock(&exports->mutex);
+    return export ? 0 : -ENOENT;
+}
+
+uint64_t mig_export_generation(const struct mig_export *export)
+{
+    return __atomic_load_n(&export->generation, __ATOMIC_SEQ_CST);
 }
 
 void mig_exports_withdraw(struct mig_exports *exports, const char *migration_id)

@@ -18,6 +18,9 @@ void mig_exports_destroy(struct mig_exports *exports);
 int mig_exports_publish(struct mig_exports *exports, const char *migration_id, const char *token,
                         struct mig_page_source *source);
 
+/** What is read from now on was read in this generation of the dirty log. Returns 0 or -ENOENT. */
+int mig_exports_set_generation(struct mig_exports *exports, const char *migration_id, uint64_t generation);
+
 /** Serve it no longer. Returns once no reader is inside it, so that it may be freed. Idempotent. */
 void mig_exports_withdraw(struct mig_exports *exports, const char *migration_id);
 
@@ -32,6 +35,9 @@ void mig_export_put(struct mig_export *export);
 
 /** The memory's descriptor, the export's own: open as long as the export is held, whatever becomes of the source. */
 int mig_export_memfd(const struct mig_export *export);
+
+/** The generation of what is read from now on: to be asked before the read. */
+uint64_t mig_export_generation(const struct mig_export *export);
 
 /** Begin to read; NULL if it was withdrawn meanwhile. Every success is paired with mig_export_leave. */
 struct mig_page_source *mig_export_enter(struct mig_export *export);

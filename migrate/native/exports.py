@@ -41,6 +41,15 @@ class Exports:
             _check("publish a memory", rc)
             self._sources[migration_id] = source
 
+    def set_generation(self, migration_id: str, generation: int) -> None:
+        """What is read from now on was read in this generation of the dirty log.
+
+        Raises:
+            NotFoundError: the migration is not served.
+        """
+        if lib.mig_exports_set_generation(self.handle, migration_id.encode(), generation) < 0:
+            raise NotFoundError(f"no pages are served here for migration {migration_id!r}")
+
     def withdraw(self, migration_id: str) -> None:
         """Serve a memory no longer. Returns once no reader is inside it, so that it may be freed. Idempotent."""
         lib.mig_exports_withdraw(self.handle, migration_id.encode())
@@ -78,6 +87,12 @@ class Export:
         self._exports = exports
         self._handle = ffi.gc(handle, lib.mig_export_put)
         self._source = source
+
+    @property
+    def generation(self) -> int:
+        """The generation of what is read from now on: to be asked before the read."""
+        generation: int = lib.mig_export_generation(self._handle)
+        return generation
 
     @contextmanager
     def reading(self) -> "Iterator[PageSource]":

@@ -68,11 +68,6 @@ static bool is_stopping(struct mig_fetch *fetch)
     return __atomic_load_n(&fetch->stopping, __ATOMIC_ACQUIRE);
 }
 
-static bool is_complete(const struct mig_fetch *fetch)
-{
-    return !__atomic_load_n(&mig_pager_counters(fetch->pager)->missing_pages, __ATOMIC_ACQUIRE);
-}
-
 static void note_done(struct mig_fetch *fetch)
 {
     pthread_mutex_lock(&fetch->mutex);
@@ -117,7 +112,7 @@ static uint64_t sooner(uint64_t a, uint64_t b)
 /* Once no page is missing, ends the call; the other thread learns it too. */
 static void end_if_complete(struct mig_link *link, uint64_t now_ns)
 {
-    if (!is_complete(link->fetch))
+    if (!mig_pager_is_complete(link->fetch->pager))
         return;
     if (link->state == MIG_LINK_DOWN) {
         link->state = MIG_LINK_DONE;

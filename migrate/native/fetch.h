@@ -80,6 +80,9 @@ int mig_fetch_wait(struct mig_fetch *fetch, uint64_t timeout_us);
 /** End both threads. The pager may be destroyed after this. Idempotent. */
 void mig_fetch_stop(struct mig_fetch *fetch);
 
+/** Have both threads look at the pager again: there may be something to ask for, or nothing any more. */
+void mig_fetch_wake(struct mig_fetch *fetch);
+
 /** What went wrong first; reason MIG_FETCH_FINE if nothing. */
 void mig_fetch_read_failure(struct mig_fetch *fetch, struct mig_fetch_failure *ret);
 

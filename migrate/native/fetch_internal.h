@@ -79,8 +79,6 @@ void mig_link_close(struct mig_link *link);
 __attribute__((format(printf, 4, 5))) void mig_fetch_fail(struct mig_fetch *fetch, enum mig_fetch_reason reason,
                                                           int error, const char *format, ...);
 bool mig_fetch_has_failed(struct mig_fetch *fetch);
-/** Have both threads look around. */
-void mig_fetch_wake(struct mig_fetch *fetch);
 /** Urgent thread: a round trip was measured. */
 void mig_fetch_note_rtt(struct mig_fetch *fetch, uint64_t rtt_ns);
 

@@ -83,13 +83,14 @@ static int place(struct mig_link *link, const struct mig_fetch_response *respons
     const uint64_t total_pages = mig_pager_counters(pager)->total_pages;
 
     if (response->content == MIG_CONTENT_DATA)
-        return mig_pager_place_data(pager, response->first_page, response->page_count, response->data, link->kind,
-                                    fetch->verify, response->digest);
+        return mig_pager_place_data(pager, response->generation, response->first_page, response->page_count,
+                                    response->data, link->kind, fetch->verify, response->digest);
     if (response->first_page >= total_pages)
         return -EINVAL;
     /* A hole is told as far as it goes, perhaps to the end of a larger file than our region. */
     const uint64_t room = total_pages - response->first_page;
-    return mig_pager_place_zero(pager, response->first_page, response->page_count < room ? response->page_count : room);
+    return mig_pager_place_zero(pager, response->generation, response->first_page,
+                                response->page_count < room ? response->page_count : room);
 }
 
 static enum mig_status on_message(void *user, struct mig_h2_stream *stream, const uint8_t *message, size_t bytes)
@@ -269,14 +270,14 @@ void mig_link_call(struct mig_link *link, uint64_t now_ns)
         lose(link, mig_now_ns(), strerror(-rc));
         return;
     }
-    link->fetch->counters.reconnects++;
+    __atomic_fetch_add(&link->fetch->counters.reconnects, 1, __ATOMIC_RELAXED); /* both links count there */
     begin_call(link, now_ns);
 }
 
 /* A call that is over: well, or for a reason that another connection may cure, or for good. */
 static void settle_call(struct mig_link *link, uint64_t now_ns)
 {
-    const bool is_complete = !mig_pager_counters(link->fetch->pager)->missing_pages;
+    const bool is_complete = mig_pager_is_complete(link->fetch->pager);
 
     link->has_call_ended = false;
     if (link->state == MIG_LINK_FAILED)

@@ -101,6 +101,10 @@ class NativeFetch:
             raise failure
         return rc != 0
 
+    def wake(self) -> None:
+        """Look at the pager again: there may be something to ask for."""
+        lib.mig_fetch_wake(self._fetch)
+
     def stop(self) -> None:
         """End both threads; the pager may be closed after this. Idempotent."""
         lib.mig_fetch_stop(self._fetch)

@@ -12,6 +12,7 @@
 #include "units.h"
 
 enum { CPUID_ENTRIES_MAX = 256, TSS_GPA = 0xfffbd000, GIB_SHIFT = 30, HUGE_SHIFT = 21 };
+enum { RAM_SLOT = 0, MAILBOX_SLOT = 1 };
 enum { PTE_PRESENT = 1, PTE_WRITE = 2, PTE_USER = 4, PTE_HUGE = 0x80 };
 
 static struct kvm_cpuid2 *alloc_cpuid(uint32_t count)
@@ -61,10 +62,11 @@ static int set_cpuid(int vcpu_fd, const struct mig_cpuid_entry *entries, uint32_
     return rc;
 }
 
-static int add_memory(int vm_fd, uint32_t slot, uint64_t gpa, uint64_t length_bytes, void *hva)
+static int set_memory(int vm_fd, uint32_t slot, uint32_t flags, uint64_t gpa, uint64_t length_bytes, void *hva)
 {
     struct kvm_userspace_memory_region region = {
         .slot = slot,
+        .flags = flags,
         .guest_phys_addr = gpa,
         .memory_size = length_bytes,
         .userspace_addr = (uintptr_t)hva,
@@ -86,10 +88,14 @@ int mig_kvm_create(struct mig_machine *machine, const struct mig_cpuid_entry *cp
     *ret_operation = "KVM_SET_TSS_ADDR";
     if (ioctl(machine->vm_fd, KVM_SET_TSS_ADDR, TSS_GPA) < 0)
         return -errno;
+    /* Without it, the log is cleared as it is read, and the vCPUs stand still while all of RAM is protected again. */
+    struct kvm_enable_cap manual = {.cap = KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
+                                    .args = {KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE}};
+    machine->clears_dirty_log = ioctl(machine->vm_fd, KVM_ENABLE_CAP, &manual) == 0;
     *ret_operation = "KVM_SET_USER_MEMORY_REGION";
-    int rc = add_memory(machine->vm_fd, 0, 0, machine->ram_bytes, machine->ram);
+    int rc = set_memory(machine->vm_fd, RAM_SLOT, 0, 0, machine->ram_bytes, machine->ram);
     if (rc == 0)
-        rc = add_memory(machine->vm_fd, 1, MIG_MAILBOX_GPA, machine->vcpu_count * sizeof(struct mig_mailbox),
+        rc = set_memory(machine->vm_fd, MAILBOX_SLOT, 0, MIG_MAILBOX_GPA, machine->vcpu_count * sizeof(struct mig_mailbox),
                         machine->mailboxes);
     if (rc < 0)
         return rc;
@@ -113,6 +119,44 @@ int mig_kvm_create(struct mig_machine *machine, const struct mig_cpuid_entry *cp
     const int tsc_khz = ioctl(machine->vcpus[0].fd, KVM_GET_TSC_KHZ, 0);
     machine->tsc_khz = tsc_khz > 0 ? (uint64_t)tsc_khz : 0;
     return 0;
+}
+
+/* ---- the dirty log: Documentation/virt/kvm/api.rst, KVM_GET_DIRTY_LOG and KVM_CLEAR_DIRTY_LOG ---- */
+
+static int log_dirty(struct mig_machine *machine, uint32_t flags)
+{
+    if (!mig_machine_is_kvm(machine))
+        return -ENOTSUP;
+    return set_memory(machine->vm_fd, RAM_SLOT, flags, 0, machine->ram_bytes, machine->ram);
+}
+
+int mig_machine_start_dirty_log(struct mig_machine *machine)
+{
+    return log_dirty(machine, KVM_MEM_LOG_DIRTY_PAGES);
+}
+
+int mig_machine_stop_dirty_log(struct mig_machine *machine)
+{
+    return log_dirty(machine, 0);
+}
+
+int64_t mig_machine_sync_dirty_log(struct mig_machine *machine, uint64_t *bitmap)
+{
+    const uint64_t pages = mig_offset_page(machine->ram_bytes);
+    struct kvm_dirty_log get = {.slot = RAM_SLOT, .dirty_bitmap = bitmap};
+    struct kvm_clear_dirty_log clear = {.slot = RAM_SLOT, .num_pages = (uint32_t)pages, .dirty_bitmap = bitmap};
+    int64_t count = 0;
+
+    if (!mig_machine_is_kvm(machine))
+        return -ENOTSUP;
+    if (ioctl(machine->vm_fd, KVM_GET_DIRTY_LOG, &get) < 0)
+        return -errno;
+    /* A write in between is not logged again, and need not be: its page is read after this. */
+    if (machine->clears_dirty_log && ioctl(machine->vm_fd, KVM_CLEAR_DIRTY_LOG, &clear) < 0)
+        return -errno;
+    for (uint64_t word = 0; word < (pages + 63) / 64; word++)
+        count += __builtin_popcountll(bitmap[word]);
+    return count;
 }
 
 /* Identity map of 2 MiB pages for RAM, and one more page directory for the device pages. */

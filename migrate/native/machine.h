@@ -39,6 +39,18 @@ void mig_machine_resume(struct mig_machine *machine);
 /** Stop the vCPUs between two instructions. Returns 0, or -ETIMEDOUT and they run on. */
 int mig_machine_pause(struct mig_machine *machine, uint64_t timeout_us);
 
+/* ---- the dirty log: which pages of RAM the vCPUs write. Kind kvm alone; -ENOTSUP else ---- */
+
+/** Begin to log; the vCPUs may run. Returns 0 or -errno. */
+int mig_machine_start_dirty_log(struct mig_machine *machine);
+/**
+ * Take out the log: `bitmap` (a bit for each page of RAM, in words of 64) gets the pages written since the last time.
+ * A page that is read after this call has whatever was written before it. Returns how many there are, or -errno.
+ */
+int64_t mig_machine_sync_dirty_log(struct mig_machine *machine, uint64_t *bitmap);
+/** End it. Returns 0 or -errno. */
+int mig_machine_stop_dirty_log(struct mig_machine *machine);
+
 /** What ended a vCPU's thread, "" if all live. */
 const char *mig_machine_failure(const struct mig_machine *machine);
 

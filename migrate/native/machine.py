@@ -122,6 +122,23 @@ class Machine:
         text: str = ffi.string(lib.mig_machine_failure(self._machine)).decode()
         return text
 
+    def start_dirty_log(self) -> None:
+        """Log which pages the vCPUs write.
+
+        Raises:
+            KvmError: it cannot be done; errno.ENOTSUP where there are no vCPUs.
+        """
+        _check_kvm("start the dirty log", lib.mig_machine_start_dirty_log(self._machine))
+
+    def sync_dirty_log(self, bitmap: Any) -> int:
+        """Move the pages written since the last time into a bitmap, a writable buffer; return how many there are."""
+        words = ffi.from_buffer("uint64_t[]", bitmap, require_writable=True)
+        return _check_kvm("read the dirty log", lib.mig_machine_sync_dirty_log(self._machine, words))
+
+    def stop_dirty_log(self) -> None:
+        """End it."""
+        _check_kvm("stop the dirty log", lib.mig_machine_stop_dirty_log(self._machine))
+
     def mailbox(self, vcpu: int) -> Any:
         """The mailbox of one vCPU, a struct mig_mailbox."""
         return self._mailboxes[vcpu]
@@ -180,3 +197,9 @@ def _items() -> list[tuple[str, int, int]]:
         (ffi.string(lib.mig_vcpu_item_name(item)).decode(), item, lib.mig_vcpu_item_bytes(item))
         for item in range(lib.mig_vcpu_item_count())
     ]
+
+
+def _check_kvm(operation: str, rc: int) -> int:
+    if rc < 0:
+        raise KvmError(operation, -rc)
+    return rc

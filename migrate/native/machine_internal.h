@@ -24,6 +24,7 @@ struct mig_machine {
     uint32_t vcpu_count;
     uint64_t tsc_khz;
     int kvm_fd, vm_fd;
+    bool clears_dirty_log; /* after it was read, by a call of its own */
     struct mig_vcpu vcpus[MIG_VCPUS_MAX];
     pthread_mutex_t mutex; /* guards `paused` and each vCPU's `parked` */
     pthread_cond_t changed;

@@ -29,6 +29,7 @@ struct mig_page_call {
     bool no_more, is_bulk;
     bool sends_from_file; /* something queued refers to the memfd */
     bool is_pinned;
+    bool must_copy; /* as the source said last */
     /* Pages on their way out, back to back. */
     uint8_t *buffer;
     uint32_t buffer_pages, used_pages;
@@ -181,15 +182,16 @@ enum mig_status mig_page_call_request(struct mig_page_call *call, struct mig_h2_
 
 /* ---- answers ---- */
 
-/* A few pages are copied at once; more are left where they are until the socket takes them. */
-static bool is_sent_from_file(uint32_t count_pages)
+/* A few pages are copied at once; more are left where they are until the socket takes them, if they may be. */
+static bool is_sent_from_file(const struct mig_page_call *call, uint32_t count_pages)
 {
-    return count_pages >= SENDFILE_PAGES_MIN;
+    return count_pages >= SENDFILE_PAGES_MIN && !call->must_copy;
 }
 
 /* Queues one run; its pages lie in `pages`, or, if that is NULL, are sent straight from the memfd. */
 static void send_run(const struct mig_page_call *call, struct mig_h2_stream *stream,
-                     const struct mig_fetch_request *request, const struct mig_run *run, const uint8_t *pages)
+                     const struct mig_fetch_request *request, uint64_t generation, const struct mig_run *run,
+                     const uint8_t *pages)
 {
     uint8_t header[MIG_WIRE_HEADER_BYTES_MAX];
     const struct mig_fetch_response response = {
@@ -197,6 +199,7 @@ static void send_run(const struct mig_page_call *call, struct mig_h2_stream *str
         .region = request->region,
         .first_page = run->first_page,
         .page_count = (uint32_t)(run->count_pages < UINT32_MAX ? run->count_pages : UINT32_MAX),
+        .generation = generation,
         .digest = run->digest,
         .content = run->is_zero ? MIG_CONTENT_ZERO : MIG_CONTENT_DATA,
         .data_bytes = run->is_zero ? 0 : mig_page_offset(run->count_pages),
@@ -216,7 +219,7 @@ static void send_run(const struct mig_page_call *call, struct mig_h2_stream *str
 static enum mig_status answer(struct mig_page_call *call, struct mig_h2_stream *stream,
                               const struct mig_fetch_request *request)
 {
-    const bool is_copied = call->buffer && !is_sent_from_file(request->page_count);
+    const bool is_copied = call->buffer && !is_sent_from_file(call, request->page_count);
     uint8_t *pages = is_copied ? call->buffer + mig_page_offset(call->used_pages) : NULL;
 
     if (request->region != 0) {
@@ -229,10 +232,11 @@ static enum mig_status answer(struct mig_page_call *call, struct mig_h2_stream *
         return MIG_STATUS_NOT_FOUND;
     }
     const uint64_t pages_total = mig_page_source_pages(source);
-    int found = -EINVAL;
-    if (request->page_count <= MIG_REQUEST_PAGES_MAX)
-        found = pages ? mig_page_source_read(source, request->first_page, request->page_count, pages, call->runs)
-                      : mig_page_source_scan(source, &call->scan, request->first_page, request->page_count, call->runs);
+    /* Before the read: what is written in between belongs to a later generation. */
+    const uint64_t generation = mig_export_generation(call->export);
+    const int found =
+        pages ? mig_page_source_read(source, request->first_page, request->page_count, pages, call->runs)
+              : mig_page_source_scan(source, &call->scan, request->first_page, request->page_count, call->runs);
     mig_export_leave(call->export);
     if (found == -EINVAL) {
         mig_h2_explain(stream, "%u pages from page %llu are not a request of 1 to %d pages within the guest's %llu",
@@ -246,7 +250,7 @@ static enum mig_status answer(struct mig_page_call *call, struct mig_h2_stream *
     }
     call->sends_from_file |= !pages;
     for (int i = 0; i < found; i++) {
-        send_run(call, stream, request, &call->runs[i], pages);
+        send_run(call, stream, request, generation, &call->runs[i], pages);
         call->data_pages += call->runs[i].is_zero ? 0 : call->runs[i].count_pages;
     }
     if (pages)
@@ -254,14 +258,26 @@ static enum mig_status answer(struct mig_page_call *call, struct mig_h2_stream *
     return MIG_STATUS_OK;
 }
 
+static bool must_copy(struct mig_page_call *call)
+{
+    const struct mig_page_source *source = mig_export_enter(call->export);
+    const bool answer = source && mig_page_source_must_copy(source);
+
+    if (source)
+        mig_export_leave(call->export);
+    return answer;
+}
+
 /* Room for the pages of a request. An empty buffer may grow; a full one must be written first. */
 static bool has_room(struct mig_page_call *call, uint32_t wanted_pages, bool is_empty)
 {
+    wanted_pages = wanted_pages < MIG_REQUEST_PAGES_MAX ? wanted_pages : MIG_REQUEST_PAGES_MAX;
+    call->must_copy = must_copy(call);
     if (is_empty) {
         call->used_pages = 0;
         call->sends_from_file = false;
     }
-    if (is_sent_from_file(wanted_pages))
+    if (is_sent_from_file(call, wanted_pages))
         return true;
     if (call->used_pages + wanted_pages <= call->buffer_pages)
         return true;

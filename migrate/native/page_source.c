@@ -1,6 +1,7 @@
 #include "page_source.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -15,6 +16,8 @@ struct mig_page_source {
     int memfd;
     uint64_t pages;
     void *mapping;          /* for mincore and resident pages: a read of a hole would populate it */
+    bool is_sealed;         /* against shrinking */
+    bool digests_replies;   /* until page_digests are there */
     uint64_t *page_digests; /* NULL until taken; 0 for a zero page */
 };
 
@@ -25,6 +28,8 @@ int mig_page_source_create(int memfd, uint64_t pages, struct mig_page_source **r
         return -ENOMEM;
     source->memfd = memfd;
     source->pages = pages;
+    const int seals = fcntl(memfd, F_GET_SEALS);
+    source->is_sealed = seals >= 0 && seals & F_SEAL_SHRINK;
     source->mapping = mmap(NULL, mig_page_offset(pages), PROT_READ, MAP_SHARED | MAP_NORESERVE, memfd, 0);
     if (source->mapping == MAP_FAILED) {
         const int error = errno;
@@ -47,6 +52,36 @@ void mig_page_source_destroy(struct mig_page_source *source)
 uint64_t mig_page_source_pages(const struct mig_page_source *source)
 {
     return source->pages;
+}
+
+void mig_page_source_digest_replies(struct mig_page_source *source)
+{
+    source->digests_replies = true;
+}
+
+static const uint64_t *taken_digests(const struct mig_page_source *source)
+{
+    return __atomic_load_n(&source->page_digests, __ATOMIC_ACQUIRE);
+}
+
+bool mig_page_source_must_copy(const struct mig_page_source *source)
+{
+    return !source->is_sealed || (source->digests_replies && !taken_digests(source));
+}
+
+/* The digest of a run of data, whose bytes are at `data` if they were copied. */
+static uint64_t digest_of(const struct mig_page_source *source, const struct mig_run *run, const char *data)
+{
+    const uint64_t *taken = taken_digests(source);
+    uint64_t page_digests[MIG_REQUEST_PAGES_MAX];
+
+    if (taken)
+        return mig_digest_run(taken + run->first_page, run->count_pages);
+    if (!source->digests_replies || !data)
+        return 0;
+    for (uint64_t i = 0; i < run->count_pages; i++)
+        page_digests[i] = mig_digest_page(data + mig_page_offset(i));
+    return mig_digest_run(page_digests, run->count_pages);
 }
 
 static int read_pages(const struct mig_page_source *source, uint64_t first_page, uint64_t count_pages, void *buffer)
@@ -120,7 +155,8 @@ static int64_t split_data(struct mig_page_source *source, uint64_t first, uint64
 static int split_request(struct mig_page_source *source, uint64_t first_page, uint32_t count_pages, char *buffer,
                          struct mig_run *runs)
 {
-    if (!count_pages || first_page >= source->pages || count_pages > source->pages - first_page)
+    if (!count_pages || count_pages > MIG_REQUEST_PAGES_MAX || first_page >= source->pages ||
+        count_pages > source->pages - first_page)
         return -EINVAL;
     const uint64_t end = first_page + count_pages;
     unsigned char *core = malloc(count_pages);
@@ -153,9 +189,10 @@ static int split_request(struct mig_page_source *source, uint64_t first_page, ui
     free(core);
     if (rc < 0)
         return (int)rc;
-    for (int i = 0; source->page_digests && i < run_count; i++)
+    for (int i = 0; i < run_count; i++)
         if (!runs[i].is_zero)
-            runs[i].digest = mig_digest_run(source->page_digests + runs[i].first_page, runs[i].count_pages);
+            runs[i].digest = digest_of(
+                source, &runs[i], buffer ? buffer + mig_page_offset(runs[i].first_page - first_page) : NULL);
     return run_count;
 }
 
@@ -168,8 +205,7 @@ static int read_one(struct mig_page_source *source, uint64_t page, void *buffer,
     if (rc < 0 || mig_page_is_zero(buffer))
         return rc;
     *run = (struct mig_run){.first_page = page, .count_pages = 1};
-    if (source->page_digests)
-        run->digest = mig_digest_run(source->page_digests + page, 1);
+    run->digest = digest_of(source, run, buffer);
     return 1;
 }
 
@@ -242,8 +278,9 @@ int mig_page_source_take_digests(struct mig_page_source *source, uint64_t *ret_m
         free(digests);
         return (int)rc;
     }
-    free(source->page_digests);
-    source->page_digests = digests;
+    uint64_t *before = source->page_digests;
+    __atomic_store_n(&source->page_digests, digests, __ATOMIC_RELEASE);
+    free(before);
     *ret_memory_digest = memory_digest;
     return 0;
 }

@@ -5,6 +5,9 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+/* The most that one request may ask for. */
+enum { MIG_REQUEST_PAGES_MAX = 256 };
+
 /* A run of pages that are all data or all zero. */
 struct mig_run {
     uint64_t first_page;
@@ -22,8 +25,20 @@ void mig_page_source_destroy(struct mig_page_source *source);
 uint64_t mig_page_source_pages(const struct mig_page_source *source);
 
 /**
+ * Serve a digest with every run of data, computed of the very bytes that are sent: the guest may run meanwhile.
+ * Before anything is read.
+ */
+void mig_page_source_digest_replies(struct mig_page_source *source);
+
+/**
+ * Whether pages must be copied to be sent: their digest goes with them and the guest may run, or the file may shrink,
+ * which would end us with SIGBUS at the next look through the mapping.
+ */
+bool mig_page_source_must_copy(const struct mig_page_source *source);
+
+/**
  * Take the digest of every page now, and serve these from then on: a page that changes later no longer matches.
- * The guest must stand still. Not safe beside mig_page_source_read.
+ * The guest must stand still.
  *
  * *ret_memory_digest is the sum of mig_digest_memory_term over the pages that are not zero. Returns 0 or -errno.
  */

@@ -23,7 +23,7 @@ class Run:
 class PageSource:
     """Pages of one memfd, which stays the caller's.
 
-    Reading is safe from several threads; `close` and `take_digests` are for one alone.
+    Reading is safe from several threads; `close` is for one alone.
     """
 
     def __init__(self, memfd: int, pages: int) -> None:
@@ -38,6 +38,10 @@ class PageSource:
     def handle(self) -> Any:
         """The C object, for other facades."""
         return self._source
+
+    def digest_replies(self) -> None:
+        """Serve a digest with every run of data, of the bytes that are sent: the guest may run. Before any read."""
+        lib.mig_page_source_digest_replies(self._source)
 
     def take_digests(self) -> int:
         """Take the digest of every page now, serve these from then on, return their sum: the memory's digest.

@@ -86,9 +86,9 @@ uint64_t mig_no_longer_missing(struct mig_pager *pager, uint64_t first, uint64_t
 {
     const uint64_t arrived = mig_bitmap_clear_range(&pager->missing, first, count);
 
-    pager->counters.missing_pages -= arrived;
     pager->counters.duplicate_pages += count - arrived;
-    if (!pager->counters.missing_pages)
+    /* A release, so that whoever sees the end without the mutex sees all that led to it. */
+    if (!__atomic_sub_fetch(&pager->counters.missing_pages, arrived, __ATOMIC_RELEASE))
         wake_all(pager);
     return arrived;
 }
@@ -138,16 +138,18 @@ static void free_pager(struct mig_pager *pager)
     mig_bitmap_deinit(&pager->missing);
     mig_bitmap_deinit(&pager->requested);
     mig_bitmap_deinit(&pager->known_zero);
+    mig_bitmap_deinit(&pager->invalidated);
     pthread_cond_destroy(&pager->faulted);
     pthread_cond_destroy(&pager->settled);
     pthread_mutex_destroy(&pager->mutex);
+    pthread_mutex_destroy(&pager->precopy_mutex);
     free(pager->urgent);
     free(pager->waiters);
     free(pager->records);
     free(pager);
 }
 
-int mig_pager_create(int uffd, uint64_t region_hva, uint64_t pages, struct mig_pager **ret)
+int mig_pager_create(int uffd, uint64_t region_hva, uint64_t pages, enum mig_order_kind order, struct mig_pager **ret)
 {
     struct mig_pager *pager = calloc(1, sizeof(*pager));
     if (!pager)
@@ -159,6 +161,10 @@ int mig_pager_create(int uffd, uint64_t region_hva, uint64_t pages, struct mig_p
     pthread_cond_init(&pager->settled, &attributes);
     pthread_condattr_destroy(&attributes);
     pthread_mutex_init(&pager->mutex, NULL);
+    pthread_mutex_init(&pager->precopy_mutex, NULL);
+    pager->is_live = true;
+    pager->memfd = -1;
+    pager->order.kind = order;
     pager->uffd = uffd;
     pager->region_hva = region_hva;
     pager->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
@@ -219,7 +225,7 @@ int mig_pager_claim_urgent(struct mig_pager *pager, uint64_t *pages, uint32_t ma
 
     pthread_mutex_lock(&pager->mutex);
     while (!(rc = verdict(pager)) && pager->urgent_head == pager->urgent_tail) {
-        if (!pager->counters.missing_pages)
+        if (mig_pager_is_complete(pager))
             rc = -ECANCELED;
         if (rc || !wait_until(pager, &pager->faulted, deadline_ns))
             break;
@@ -260,8 +266,7 @@ int mig_pager_give_back(struct mig_pager *pager, uint64_t first_page, uint64_t c
 
     pthread_mutex_lock(&pager->mutex);
     mig_bitmap_clear_range(&pager->requested, first_page, count_pages);
-    if (first_page < pager->run_cursor)
-        pager->run_cursor = first_page;
+    mig_order_on_more(&pager->order, first_page);
     /* A page that a fault waits for stays claimed, by the urgent queue. */
     for (uint64_t i = 0; rc == 0 && i < pager->waiter_count; i++) {
         const uint64_t page = pager->waiters[i].page;
@@ -278,21 +283,11 @@ uint32_t mig_pager_claim_run(struct mig_pager *pager, uint32_t max_pages, uint64
 {
     uint32_t count = 0;
 
+    *ret_first_page = 0;
     pthread_mutex_lock(&pager->mutex);
-    const uint64_t bits = pager->missing.bits;
-    uint64_t page = mig_bitmap_next_set(&pager->missing, pager->run_cursor);
-    /* The cursor only moves on: all pages before it are claimed, so one pass finds every page. */
-    while (page < bits && mig_bitmap_test(&pager->requested, page))
-        page = mig_bitmap_next_set(&pager->missing, mig_bitmap_next_clear(&pager->requested, page));
-    *ret_first_page = page;
-    if (page < bits) {
-        uint64_t end = mig_bitmap_next_clear(&pager->missing, page);
-        const uint64_t asked = mig_bitmap_next_set(&pager->requested, page);
-        end = asked < end ? asked : end;
-        count = (uint32_t)(end - page < max_pages ? end - page : max_pages);
-        mig_bitmap_set_range(&pager->requested, page, count);
-    }
-    pager->run_cursor = page + count;
+    if (!pager->is_held)
+        count = mig_order_next(&pager->order, &pager->missing, &pager->requested, max_pages, ret_first_page);
+    mig_bitmap_set_range(&pager->requested, *ret_first_page, count);
     pthread_mutex_unlock(&pager->mutex);
     return count;
 }
@@ -311,6 +306,12 @@ int mig_pager_wait_done(struct mig_pager *pager, uint64_t timeout_us)
         rc = pager->counters.missing_pages == 0;
     pthread_mutex_unlock(&pager->mutex);
     return rc;
+}
+
+bool mig_pager_is_complete(const struct mig_pager *pager)
+{
+    return __atomic_load_n(&pager->is_live, __ATOMIC_ACQUIRE) &&
+           !__atomic_load_n(&pager->counters.missing_pages, __ATOMIC_ACQUIRE);
 }
 
 const struct mig_pager_counters *mig_pager_counters(const struct mig_pager *pager)

@@ -1,14 +1,20 @@
 /*
  * The destination's data path: which pages are missing, which were asked for, who waits, and the placement step.
  *
- * Each page is in one of these states, and only moves down:
+ * Each page is in one of these states, and once the guest lives here it only moves down:
  *
- *     missing ──claim──▶ requested ──place──▶ present          (counted as urgent or background)
- *                            └──────zero────▶ known zero ──touch──▶ present   (counted as zero)
+ *     missing ──claim──▶ requested ──place──▶ present          (counted as precopy, urgent or background)
+ *        ▲                   └──────zero────▶ known zero ──touch──▶ present   (counted as zero)
+ *        └─────────────── invalidated, in precopy ◀──────────────────┘
  *
  * A fault on a missing page claims it for the urgent queue; a fault on a requested page only waits, because a page is
  * asked for once. A known zero page is placed when it is touched, so that sparse memory stays sparse; once no page is
  * missing the range is unregistered, and the rest of the holes read as zero by themselves.
+ *
+ * In precopy the guest still runs at the source. Pages are written straight into the memfd, whose mapping nobody
+ * touches yet, and the source may say that some are stale: they are missing again, and their memory is freed at once,
+ * so that a missing page is always a hole. A round of the dirty log has a number, the generation; a reply says in which
+ * generation its bytes were read, and a page that was ever invalidated takes none from before the latest.
  *
  * All functions are thread-safe. None is called with, or takes, Python's GIL.
  */
@@ -17,6 +23,8 @@
 
 #include <stdbool.h>
 #include <stdint.h>
+
+#include "order.h"
 
 enum mig_page_kind {
     MIG_KIND_ZERO = 0,
@@ -29,9 +37,11 @@ struct mig_pager_counters {
     uint64_t total_pages;
     uint64_t missing_pages; /* neither present nor known to be zero */
     uint64_t zero_pages;
+    uint64_t precopy_pages; /* came before the guest did, and are still good */
     uint64_t urgent_pages;
     uint64_t background_pages;
     uint64_t duplicate_pages; /* arrived again */
+    uint64_t stale_pages;     /* arrived, but had been invalidated since they were read */
     uint64_t verified_pages;  /* data pages whose digest was compared before they were placed */
     uint64_t faults;          /* kernel events read */
     uint64_t lost_records;    /* fault records overwritten before anyone read them */
@@ -52,14 +62,43 @@ _Static_assert(sizeof(struct mig_fault_record) == 48, "Python reads records as s
 
 struct mig_pager;
 
-/** A pager for one armed region, all pages missing. Takes over `uffd`. Returns 0 or -errno. */
-int mig_pager_create(int uffd, uint64_t region_hva, uint64_t pages, struct mig_pager **ret);
+/**
+ * A pager for one armed region, all pages missing, of a guest that lives here or is about to.
+ * Takes over `uffd`. Returns 0 or -errno.
+ */
+int mig_pager_create(int uffd, uint64_t region_hva, uint64_t pages, enum mig_order_kind order, struct mig_pager **ret);
 
 /** Ends the fault thread, closes the userfaultfd, frees. No other call may be under way. */
 void mig_pager_destroy(struct mig_pager *pager);
 
 /** Make every waiting call return -ECANCELED from now on, and end the fault thread. Idempotent. */
 void mig_pager_stop(struct mig_pager *pager);
+
+/* ---- precopy: while the guest lives at the source ---- */
+
+/**
+ * Until mig_pager_go_live, write pages into `memfd`, which stays the caller's: the region's memory, empty.
+ * With `verify`, the digests of pages that are invalidated leave the sum.
+ */
+void mig_pager_begin_precopy(struct mig_pager *pager, int memfd, bool verify);
+
+/**
+ * Pages of [first_page, first_page + count_pages) whose bit is set in `stale` (first_page's is the lowest of the first
+ * byte) were written since they were read, if that was before `generation`: they are missing again.
+ * Returns 0 or -errno: -EINVAL outside the region, -EPROTO if the generation is older than one before, or the guest
+ * lives here already.
+ */
+int mig_pager_invalidate(struct mig_pager *pager, uint64_t generation, uint64_t first_page, uint64_t count_pages,
+                         const uint8_t *stale);
+
+/** Whether the background may ask: pages that would be stale again are better left until the guest is here. */
+void mig_pager_hold(struct mig_pager *pager, bool is_held);
+
+/** The guest is about to run here: pages are placed from now on, and no more can be invalidated. */
+void mig_pager_go_live(struct mig_pager *pager);
+
+/** Whether the guest lives here and misses nothing: then the page calls end. */
+bool mig_pager_is_complete(const struct mig_pager *pager);
 
 /* ---- faults: either a thread of the pager's reads them, or whoever polls its userfaultfd ---- */
 
@@ -88,21 +127,18 @@ void mig_pager_note_sent(struct mig_pager *pager, uint64_t sent_ns);
 /** A request will not be answered: those of its pages that are missing must be asked for again, by whoever comes. */
 int mig_pager_give_back(struct mig_pager *pager, uint64_t first_page, uint64_t count_pages);
 
-/**
- * Claim the next run of missing pages that nobody has asked for, ascending from where the last one ended.
- * Returns its length, 0 when there is none.
- */
+/** Claim the next run, by the pager's order, of missing pages that nobody has asked for: its length, 0 for none. */
 uint32_t mig_pager_claim_run(struct mig_pager *pager, uint32_t max_pages, uint64_t *ret_first_page);
 
 /**
- * Place a run of data. With `verify`, the run's digest is compared before any page is placed.
+ * Place a run of data that was read in a generation. With `verify`, its digest is compared before any page is placed.
  * Returns 0 or -errno: -EBADMSG on a wrong digest, -EINVAL outside the region, -ESRCH if the guest is gone.
  */
-int mig_pager_place_data(struct mig_pager *pager, uint64_t first_page, uint64_t count_pages, const void *data,
-                         enum mig_page_kind kind, bool verify, uint64_t digest);
+int mig_pager_place_data(struct mig_pager *pager, uint64_t generation, uint64_t first_page, uint64_t count_pages,
+                         const void *data, enum mig_page_kind kind, bool verify, uint64_t digest);
 
-/** Learn that a run is zero; pages that somebody waits for are placed. Returns 0 or -errno. */
-int mig_pager_place_zero(struct mig_pager *pager, uint64_t first_page, uint64_t count_pages);
+/** Learn that a run was zero in a generation; pages that somebody waits for are placed. Returns 0 or -errno. */
+int mig_pager_place_zero(struct mig_pager *pager, uint64_t generation, uint64_t first_page, uint64_t count_pages);
 
 /** Wait until no page is missing. Returns 1 when so, 0 after the timeout, -ECANCELED, or the fault thread's error. */
 int mig_pager_wait_done(struct mig_pager *pager, uint64_t timeout_us);

@@ -35,9 +35,11 @@ class PagerCounters:
     total_pages: int
     missing_pages: int
     zero_pages: int
+    precopy_pages: int
     urgent_pages: int
     background_pages: int
     duplicate_pages: int
+    stale_pages: int
     verified_pages: int
     faults: int
     lost_records: int
@@ -92,6 +94,14 @@ class FaultBatch:
         return [(placed - event) / 1000 for event, placed, last in zip(*columns, strict=True) if last >> 32 != _PRESENT]
 
 
+class Order(IntEnum):
+    """In which order the background asks (native/order.h). Values equal enum mig_order_kind."""
+
+    PRECOPY = 0
+    FOLLOW = 1
+    BUBBLE = 2
+
+
 class PagerStoppedError(Exception):
     """A waiting call ended because the pager was stopped, or no page is missing any more."""
 
@@ -100,11 +110,17 @@ class Pager:
     """All pages of one armed region, missing at first.
 
     Takes over the userfaultfd. Every method but `close` may be called from any thread.
+
+    Args:
+        uffd: The userfaultfd that the region is registered with.
+        region_hva: Where the guest process has it.
+        pages: Its length.
+        order: Of the background.
     """
 
-    def __init__(self, uffd: int, region_hva: int, pages: int) -> None:
+    def __init__(self, uffd: int, region_hva: int, pages: int, order: Order = Order.PRECOPY) -> None:
         ret = ffi.new("struct mig_pager **")
-        _check("make a pager", lib.mig_pager_create(uffd, region_hva, pages, ret))
+        _check("make a pager", lib.mig_pager_create(uffd, region_hva, pages, order, ret))
         self._pager = ret[0]
         self._records: Any = ffi.new("struct mig_fault_record[]", _DRAIN_MAX)
         self.pages = pages
@@ -113,6 +129,44 @@ class Pager:
     def handle(self) -> Any:
         """The C object, for other facades."""
         return self._pager
+
+    # ---- precopy ----
+
+    def begin_precopy(self, memfd: int, *, verify: bool = False) -> None:
+        """Until `go_live`, write pages into a memfd, which stays the caller's: the region's memory, empty."""
+        lib.mig_pager_begin_precopy(self._pager, memfd, verify)
+
+    def invalidate(self, generation: int, first_page: int, stale: bytes) -> None:
+        """Pages whose bit is set in `stale`, whose lowest bit is first_page's, were written before a generation.
+
+        What was read of them in an earlier one is dropped: they are missing again, and their memory is freed.
+
+        Raises:
+            RemoteProtocolError: outside the region, an older generation than before, or the guest lives here already.
+        """
+        count_pages = min(len(stale) * 8, self.pages - first_page)
+        if count_pages < 0 or any(stale[-(-count_pages // 8) :]):
+            raise RemoteProtocolError(f"stale pages from {first_page} do not lie within the guest's {self.pages}")
+        rc = lib.mig_pager_invalidate(self._pager, generation, first_page, count_pages, ffi.from_buffer(stale))
+        if rc == -errno.EPROTO:
+            raise RemoteProtocolError(f"pages cannot be invalidated by generation {generation} any more")
+        _check_run(first_page, count_pages, rc)
+
+    def hold(self, *, is_held: bool) -> None:
+        """Whether the background stops asking: pages that would be stale again are better left for later."""
+        lib.mig_pager_hold(self._pager, is_held)
+
+    def go_live(self) -> None:
+        """The guest is about to run here: pages are placed from now on, and no more can be invalidated."""
+        lib.mig_pager_go_live(self._pager)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the guest lives here and misses nothing."""
+        complete: bool = lib.mig_pager_is_complete(self._pager)
+        return complete
+
+    # ---- faults, claims, placement ----
 
     def start_fault_thread(self) -> None:
         """Read faults in a thread of the pager's own; the native fetch reads them itself."""
@@ -135,8 +189,16 @@ class Pager:
         count = lib.mig_pager_claim_run(self._pager, max_pages, first)
         return (first[0], count) if count else None
 
-    def place_data(self, first_page: int, count_pages: int, data: bytes, kind: PageKind, digest: int | None) -> None:
-        """Place a run of pages; with a digest, only if it is theirs.
+    def place_data(
+        self,
+        first_page: int,
+        count_pages: int,
+        data: bytes,
+        kind: PageKind,
+        digest: int | None,
+        generation: int = 0,
+    ) -> None:
+        """Place a run of pages that was read in a generation; with a digest, only if it is theirs.
 
         Raises:
             RemoteProtocolError: the run does not lie within the region, or is not as long as it says.
@@ -146,20 +208,27 @@ class Pager:
         if len(data) != count_pages * lib.MIG_PAGE_SIZE_BYTES:
             raise RemoteProtocolError(f"a run of {count_pages} pages came with {len(data)} bytes")
         rc = lib.mig_pager_place_data(
-            self._pager, first_page, count_pages, ffi.from_buffer(data), kind, digest is not None, digest or 0
+            self._pager,
+            generation,
+            first_page,
+            count_pages,
+            ffi.from_buffer(data),
+            kind,
+            digest is not None,
+            digest or 0,
         )
         if rc == -errno.EBADMSG:
             raise IntegrityError(f"pages {first_page} to {first_page + count_pages} do not have the source's digest")
         _check_run(first_page, count_pages, rc)
 
-    def place_zero(self, first_page: int, count_pages: int) -> None:
-        """Learn that a run of pages is zero.
+    def place_zero(self, first_page: int, count_pages: int, generation: int = 0) -> None:
+        """Learn that a run of pages was zero in a generation.
 
         Raises:
             RemoteProtocolError: the run does not lie within the region.
             GuestLostError: the guest process is gone.
         """
-        _check_run(first_page, count_pages, lib.mig_pager_place_zero(self._pager, first_page, count_pages))
+        _check_run(first_page, count_pages, lib.mig_pager_place_zero(self._pager, generation, first_page, count_pages))
 
     def wait_done(self, timeout_us: int) -> bool:
         """Wait until no page is missing; False after the timeout.

@@ -21,6 +21,7 @@ static int on_fault(struct mig_pager *pager, const struct waiter *waiter, enum f
         rc = mig_add_waiter(pager, waiter);
         if (rc == 0 && mig_bitmap_set_range(&pager->requested, waiter->page, 1)) {
             rc = mig_push_urgent(pager, waiter->page);
+            mig_order_on_fault(&pager->order, waiter->page);
             pthread_cond_broadcast(&pager->faulted);
         }
     } else {

@@ -1,4 +1,7 @@
-/* What the parts of the pager share: pager.c (state, claims), pager_faults.c (events), pager_place.c (placement). */
+/*
+ * What the parts of the pager share: pager.c (state, claims), pager_faults.c (events), pager_place.c (placement),
+ * pager_precopy.c (before the guest lives here).
+ */
 #ifndef MIG_PAGER_INTERNAL_H
 #define MIG_PAGER_INTERNAL_H
 
@@ -26,6 +29,11 @@ struct mig_pager {
     bool has_fault_thread;
     pthread_t fault_thread;
 
+    /* Held while pages are written into the memfd, and taken before `mutex`: no write may cross an invalidation. */
+    pthread_mutex_t precopy_mutex;
+    int memfd; /* in precopy; not ours */
+    bool verifies;
+
     pthread_mutex_t mutex; /* guards all below; never held across an ioctl */
     /* Two, for a fault must not wake whoever waits for the end. */
     pthread_cond_t faulted; /* the urgent queue has grown */
@@ -35,7 +43,11 @@ struct mig_pager {
     struct mig_bitmap missing;
     struct mig_bitmap requested;
     struct mig_bitmap known_zero;
-    uint64_t run_cursor;
+    struct mig_bitmap invalidated; /* ever; without words before the first time */
+    uint64_t generation;           /* of the latest invalidation */
+    bool is_live;                  /* the guest lives here */
+    bool is_held;                  /* the background asks for nothing */
+    struct mig_order order;
     uint64_t *urgent; /* claimed by a fault, not yet taken: a stack would starve, so a queue */
     uint64_t urgent_head, urgent_tail, urgent_capacity;
     struct waiter *waiters;
@@ -49,6 +61,20 @@ static inline uint64_t mig_page_hva(const struct mig_pager *pager, uint64_t page
 {
     return pager->region_hva + mig_page_offset(page);
 }
+
+/**
+ * Under the mutex. The next pages of [page, end) that a reply of a generation may bring; what comes before them is
+ * stale, and may be asked for again. Returns how many, 0 at the end; *page is where they begin.
+ */
+uint64_t mig_next_fresh(struct mig_pager *pager, uint64_t generation, uint64_t *page, uint64_t end);
+
+/** Write a run into the memfd, unless the guest lives here meanwhile: then returns -EALREADY. Else 0 or -errno. */
+int mig_precopy_data(struct mig_pager *pager, uint64_t generation, uint64_t first_page, uint64_t count_pages,
+                     const void *data, const uint64_t *page_digests);
+
+/** Counts pages that are present now, however they came to be. */
+void mig_count_present(struct mig_pager *pager, uint64_t first, uint64_t count, enum mig_page_kind kind,
+                       uint64_t replied_ns, const uint64_t *page_digests);
 
 /** Faults can be read no longer: every waiting call returns the error. */
 void mig_pager_fail(struct mig_pager *pager, int error);

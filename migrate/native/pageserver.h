@@ -12,7 +12,7 @@
 
 #include "exports.h"
 
-enum { MIG_REQUEST_PAGES_MAX = 256, MIG_EVENT_TEXT_BYTES = 320 };
+enum { MIG_EVENT_TEXT_BYTES = 320 };
 
 struct mig_page_server;
 

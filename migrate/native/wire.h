@@ -14,7 +14,7 @@
 
 enum {
     MIG_PREFIX_BYTES = 5,          /* compressed flag, big-endian length */
-    MIG_WIRE_HEADER_BYTES_MAX = 64 /* prefix and all fields of a message but the bytes of its pages */
+    MIG_WIRE_HEADER_BYTES_MAX = 80 /* prefix and all fields of a message but the bytes of its pages */
 };
 
 struct mig_fetch_request {

@@ -51,8 +51,12 @@ class Fetcher(Protocol):
         """Begin to fetch all that the pager misses, and to serve its faults."""
         ...
 
+    def wake(self) -> None:
+        """Look at the pager again: there may be something to ask for, or nothing any more."""
+        ...
+
     def join(self) -> None:
-        """Wait until both streams have ended by themselves, as they do once no page is missing."""
+        """Wait until both streams have ended by themselves, as they do once the pager is complete."""
         ...
 
     def close(self) -> None:
@@ -105,6 +109,11 @@ class NativeFetcher:
         self._fetch.start(pager)
         self._watcher = threading.Thread(target=self._watch, args=(self._fetch,), name="fetch-watch", daemon=True)
         self._watcher.start()
+
+    def wake(self) -> None:
+        """See Fetcher."""
+        if self._fetch is not None:
+            self._fetch.wake()
 
     def join(self) -> None:
         """See Fetcher."""

@@ -64,6 +64,7 @@ class GrpcioFetcher:
         self._threads: list[threading.Thread] = []
         self._calls: list[grpc.Call] = []
         self._stopping = threading.Event()
+        self._woken = threading.Event()
         self._lock = threading.Lock()
         self._failed = False
         self._wire_bytes = 0
@@ -104,14 +105,19 @@ class GrpcioFetcher:
         with self._lock:
             return self._wire_bytes
 
+    def wake(self) -> None:
+        """Look at the pager again: there may be something to ask for, or nothing any more."""
+        self._woken.set()
+
     def join(self) -> None:
-        """Wait until both streams have ended by themselves, as they do once no page is missing."""
+        """Wait until both streams have ended by themselves, as they do once the pager is complete."""
         for thread in self._threads:
             thread.join()
 
     def close(self) -> None:
         """Cancel what still runs, close both connections. The pager must be stopped or done."""
         self._stopping.set()
+        self._woken.set()
         with self._lock:
             calls = list(self._calls)
         for call in calls:
@@ -155,9 +161,14 @@ class GrpcioFetcher:
         while not self._stopping.is_set():
             if not window.acquire(timeout=1):
                 continue
+            self._woken.clear()
             run = pager.claim_run(BACKGROUND_RUN_PAGES)
             if run is None:
-                return
+                window.release()
+                if pager.is_complete:
+                    return
+                self._woken.wait(1)  # every reply, and every invalidation, ends it
+                continue
             first_page, count_pages = run
             if self._stopping.wait(self._pacer.delay_s(pages_to_bytes(count_pages))):
                 return
@@ -203,10 +214,11 @@ class GrpcioFetcher:
         is_complete = order.answer(response.request_id, first_page, count_pages, is_zero=is_zero)
         if is_zero:
             # A hole is told as far as it goes, perhaps to the end of a larger file than our region.
-            pager.place_zero(first_page, min(count_pages, pager.pages - first_page))
+            pager.place_zero(first_page, min(count_pages, pager.pages - first_page), response.generation)
         else:
             digest = response.digest if self._verify else None
-            pager.place_data(first_page, count_pages, response.data, kind, digest)
+            pager.place_data(first_page, count_pages, response.data, kind, digest, response.generation)
+        self._woken.set()
         return is_complete
 
     def _fail(self, error: MigrateError) -> None:

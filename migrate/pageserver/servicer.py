@@ -40,18 +40,20 @@ class PageServicer(rpc.PageServiceServicer):
         with export.reading() as source:
             if request.region != 0:
                 raise ConfigError(f"the guest has one RAM region, number 0, not number {request.region}")
+            generation = export.generation
             # Read all before the first reply leaves: the scope must not stay open while the peer is slow.
             runs = list(source.read(request.first_page, request.page_count, buffer))
         for run in runs:
-            yield _response(request, run)
+            yield _response(request, run, generation)
 
 
-def _response(request: pb.FetchPagesRequest, run: Run) -> pb.FetchPagesResponse:
+def _response(request: pb.FetchPagesRequest, run: Run, generation: int) -> pb.FetchPagesResponse:
     response = pb.FetchPagesResponse(
         request_id=request.request_id,
         region=request.region,
         first_page=run.first_page,
         page_count=min(run.count_pages, 0xFFFFFFFF),
+        generation=generation,
         digest=run.digest,
     )
     if run.data is None:

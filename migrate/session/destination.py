@@ -1,13 +1,14 @@
-"""The destination's side of one migration: build the twin, load the state, run it, fetch its pages, report END.
+"""The destination's side of one migration: build the twin, fetch pages, load the state, run it, report END.
 
 Prepare builds and arms the twin, Switchover runs it; an error from either means that the guest never ran here and never
 will, because the twin is destroyed before the error is answered. After that, the guest lives here, and this side alone
 knows which pages it lacks.
 """
 
+import contextlib
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from migrate.config import SWITCHOVER_DEADLINE_S, Endpoint
@@ -22,8 +23,8 @@ from migrate.errors import (
     MigrationAbortedError,
     PostcopyPausedError,
 )
-from migrate.native.pager import Pager, PagerStoppedError
-from migrate.pager.fetcher import FetchTerms, make_fetcher
+from migrate.native.pager import Order, Pager, PagerStoppedError
+from migrate.pager.fetcher import Fetcher, FetchTerms, make_fetcher
 from migrate.session.ports import GuestPort, PeerPort
 from migrate.session.record import MigrationRecord
 from migrate.session.rules import choose_transport
@@ -34,8 +35,13 @@ from migrate.units import bytes_to_pages
 from migrate.v1 import transfer_service_pb2 as transfer
 from migrate.v1 import types_pb2 as types
 
+FetcherOf = Callable[[int, FetchTerms, Clock, Callable[[MigrateError], None]], Fetcher]
+
 _POLL_US = 100_000
 _RETRY_S = 0.5
+_OBSERVE_S = 0.1
+# Calls that wait in the pager return at once when it is stopped.
+_USERS_LEAVE_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +60,7 @@ class Twin:
 
 
 class DestinationSession:
-    """Receives one guest. `prepare`, `switch_over` and `abort` are calls of the source; `run` is the session's thread.
+    """Receives one guest. `run` is the session's thread; the rest is called for the source.
 
     Args:
         request: The checked Prepare.
@@ -62,6 +68,7 @@ class DestinationSession:
         build_twin: Starts the empty guest.
         source: The source's TransferService, for END.
         clock: Times it all.
+        fetcher_of: Makes what fetches the pages.
     """
 
     def __init__(
@@ -71,6 +78,7 @@ class DestinationSession:
         build_twin: Callable[[types.GuestDescription], Twin],
         source: PeerPort,
         clock: Clock,
+        fetcher_of: FetcherOf = make_fetcher,
     ) -> None:
         self._request = request
         self._build_twin = build_twin
@@ -78,12 +86,16 @@ class DestinationSession:
         self._clock = clock
         self._twin: Twin | None = None
         self._pager: Pager | None = None
+        self._pager_users = 0  # calls of the source that wait in it
+        self._memfds: list[int] = []
+        self._is_fetching = False
+        self._heard_us = clock.now_us()
         self._memory_digest = 0
         self._fetch_error: MigrateError | None = None
         self._latencies = FaultLatencies()
         self._stopping = threading.Event()
         self.transport = choose_transport(request.transport)
-        self._fetcher = make_fetcher(
+        self._fetcher = fetcher_of(
             self.transport,
             FetchTerms(
                 page_endpoint,
@@ -125,10 +137,18 @@ class DestinationSession:
             self._twin = self._build_twin(self._request.guest)
             uffd, region_hva = self._twin.guest.arm()
             try:
-                self._pager = Pager(uffd, region_hva[0], bytes_to_pages(self._request.guest.spec.memory_bytes))
+                self._pager = Pager(
+                    uffd,
+                    region_hva[0],
+                    bytes_to_pages(self._request.guest.spec.memory_bytes),
+                    Order[self._request.order.upper()],
+                )
             except MigrateError:
                 os.close(uffd)
                 raise
+            if self._request.mode != types.MIGRATION_MODE_POSTCOPY:
+                *_, self._memfds = self._twin.guest.describe()
+                self._pager.begin_precopy(self._memfds[0], verify=self._request.verify)
             self._fetcher.connect()
         except MigrateError as error:
             error.holder = GuestHolder.SOURCE
@@ -136,12 +156,62 @@ class DestinationSession:
             self._close()
             raise
 
+    def invalidate(self, request: transfer.InvalidateRequest) -> None:
+        """Lose pages that the guest wrote at the source since they were read. The first call begins to fetch.
+
+        Raises:
+            GuestBusyError: the guest is not in precopy.
+            RemoteProtocolError: pages that the guest does not have, or a round older than one before.
+        """
+        with self.record.lock:
+            self._heard_us = self._clock.now_us()
+            pager = self._pager
+            if not self.record.can(Event.INVALIDATED) or pager is None or not self._memfds:
+                raise GuestBusyError(
+                    f"pages cannot be invalidated in state {self.record.state.name}", holder=self.record.holder
+                )
+            self.record.on(Event.INVALIDATED)
+            pager.hold(is_held=not request.fetch)
+            for part in request.stale:
+                pager.invalidate(request.generation, part.first_page, part.bitmap)
+            if not request.stale:
+                pager.invalidate(request.generation, 0, b"")
+            self.record.update(lambda migration: _note_generation(migration, request.generation))
+            if not self._is_fetching:
+                self._start_fetching(pager)
+            self._fetcher.wake()
+
+    def await_complete(self, timeout_us: int) -> None:
+        """Wait until no page is missing, or the time is over."""
+        with self._using_pager() as pager:
+            if pager is not None and timeout_us:
+                with contextlib.suppress(PagerStoppedError):
+                    pager.wait_done(timeout_us)
+                self._observe_pages(pager)
+
+    @contextlib.contextmanager
+    def _using_pager(self) -> Iterator[Pager | None]:
+        """A scope in which the pager is not closed."""
+        with self.record.lock:
+            self._heard_us = self._clock.now_us()
+            pager = self._pager
+            self._pager_users += pager is not None
+        try:
+            yield pager
+        finally:
+            if pager is not None:
+                self.record.update(self._leave_pager)
+
+    def _leave_pager(self, _: types.Migration) -> None:
+        self._pager_users -= 1
+
     def switch_over(self, request: transfer.SwitchoverRequest) -> transfer.SwitchoverResponse:
         """Load the state and run the guest.
 
         Raises:
             GuestBusyError: not prepared, or already past this point.
-            MigrationAbortedError: the state could not be loaded; the twin is destroyed, the guest is at the source.
+            MigrationAbortedError: the state could not be loaded, or the last pages did not come; the twin is
+                destroyed, the guest is at the source.
         """
         with self.record.lock:
             if not self.record.can(Event.SWITCHOVER) or self._twin is None or self._pager is None:
@@ -152,15 +222,22 @@ class DestinationSession:
         started_us = self._clock.now_us()
         self._memory_digest = request.memory_digest
         try:
-            # The stream starts while the state is loaded: both take time, and neither needs the other.
-            self._fetcher.start(self._pager)
+            if request.complete_within_us and not self._pager.wait_done(request.complete_within_us):
+                raise MigrationAbortedError("the pages of the last round did not come in time")
+            self._pager.go_live()
+            # The stream goes on while the state is loaded: both take time, and neither needs the other.
+            if self._is_fetching:
+                self._fetcher.wake()
+            else:
+                self._start_fetching(self._pager)
             self._twin.guest.load_state(request.state)
             loaded_us = self._clock.now_us()
             if self._fetch_error is not None:
                 raise self._fetch_error
             self._twin.guest.resume()
-        except MigrateError as error:
-            aborted = MigrationAbortedError(f"the destination could not run the guest: {error.message}")
+        except (MigrateError, PagerStoppedError) as error:
+            words = error.message if isinstance(error, MigrateError) else "the destination daemon is shutting down"
+            aborted = MigrationAbortedError(f"the destination could not run the guest: {words}")
             self._give_up(Event.NOT_RUNNING, aborted)
             raise aborted from error
         running_us = self._clock.now_us()
@@ -213,14 +290,19 @@ class DestinationSession:
             if self._pager is not None:
                 self._pager.stop()
 
+    def _start_fetching(self, pager: Pager) -> None:
+        self._is_fetching = True
+        self._fetcher.start(pager)
+
     def _await_switchover(self) -> bool:
-        if not self.record.wait_state(
-            lambda state: state not in (State.SETUP, State.SWITCHOVER), SWITCHOVER_DEADLINE_S
-        ):
+        while not self.record.wait_state(lambda state: state not in (State.SETUP, State.PRECOPY), _OBSERVE_S):
+            if self._stopping.is_set():
+                return False
             with self.record.lock:
-                if self.record.can(Event.ABORTED):
-                    error = MigrationAbortedError(f"no switchover came within {SWITCHOVER_DEADLINE_S:.0f} s")
-                    self._give_up(Event.ABORTED, error)
+                silent_us = self._clock.now_us() - self._heard_us
+                if silent_us > SWITCHOVER_DEADLINE_S * 1_000_000 and self.record.can(Event.ABORTED):
+                    words = f"the source has not been heard of for {SWITCHOVER_DEADLINE_S:.0f} s"
+                    self._give_up(Event.ABORTED, MigrationAbortedError(words))
         self.record.wait_state(lambda state: state is not State.SWITCHOVER, SWITCHOVER_DEADLINE_S)
         return not self.record.is_final and not self._stopping.is_set()
 
@@ -266,19 +348,28 @@ class DestinationSession:
         if self._pager is None or self._twin is None:
             return
         self._latencies.add(self._pager.drain_records())
-        counters = self._pager.counters()
+        self._observe_pages(self._pager)
         statistics = self._twin.guest.statistics()
 
         def change(migration: types.Migration) -> None:
-            migration.pages.zero = counters.zero_pages
-            migration.pages.urgent = counters.urgent_pages
-            migration.pages.background = counters.background_pages
-            migration.pages.duplicate = counters.duplicate_pages
-            migration.bytes_on_wire = self._fetcher.wire_bytes
             migration.guest_touches = statistics.touches
             migration.guest_errors = statistics.errors
             migration.guest_stall_us.CopyFrom(statistics.stall_us)
             migration.fault_latency_us.count = self._latencies.count
+
+        self.record.update(change)
+
+    def _observe_pages(self, pager: Pager) -> None:
+        counters = pager.counters()
+
+        def change(migration: types.Migration) -> None:
+            migration.pages.zero = counters.zero_pages
+            migration.pages.precopy = counters.precopy_pages
+            migration.pages.urgent = counters.urgent_pages
+            migration.pages.background = counters.background_pages
+            migration.pages.duplicate = counters.duplicate_pages
+            migration.pages.stale = counters.stale_pages
+            migration.bytes_on_wire = self._fetcher.wire_bytes
 
         self.record.update(change)
 
@@ -299,6 +390,8 @@ class DestinationSession:
         with self.record.lock:
             if self.record.can(Event.LINK_LOST):
                 self.record.on(Event.LINK_LOST, PostcopyPausedError(error.message, remedy=error.remedy))
+            elif self.record.state is State.PRECOPY:
+                self._give_up(Event.REFUSED, error)
             else:
                 self.record.note_error(error)
 
@@ -325,10 +418,20 @@ class DestinationSession:
         if self._pager is not None:
             self._pager.stop()
         self._fetcher.close()
-        if self._pager is not None:
+        with self.record.lock:
             pager, self._pager = self._pager, None
+        if pager is not None:
+            pager.stop()
+            self.record.wait_state(lambda _: not self._pager_users, _USERS_LEAVE_S)
             pager.close()
+        for memfd in self._memfds:
+            os.close(memfd)
+        self._memfds = []
         self._source.close()
+
+
+def _note_generation(migration: types.Migration, generation: int) -> None:
+    migration.generation = generation
 
 
 def _note_touches(migration: types.Migration, touches: int) -> None:

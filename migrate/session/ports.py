@@ -37,6 +37,18 @@ class GuestPort(Protocol):
         """The userfaultfd, which the caller closes, and each region's address in the guest process."""
         ...
 
+    def start_dirty_log(self) -> int:
+        """Note the pages that are written from now on; the memfd of the log, which the caller closes."""
+        ...
+
+    def sync_dirty_log(self) -> int:
+        """Move what was noted into the log's memfd; how many pages that are."""
+        ...
+
+    def stop_dirty_log(self) -> None:
+        """Note nothing any more."""
+        ...
+
     def disarm(self) -> None:
         """Let holes read as zero."""
         ...
@@ -53,12 +65,16 @@ class PeerPort(Protocol):
         """Build the empty twin."""
         ...
 
+    def invalidate(self, request: transfer.InvalidateRequest) -> None:
+        """Say which pages are stale."""
+        ...
+
     def switch_over(self, request: transfer.SwitchoverRequest) -> transfer.SwitchoverResponse:
         """Hand over the state; returns when the guest runs there."""
         ...
 
-    def get_incoming(self, migration_id: str) -> types.Migration:
-        """The migration as the destination sees it."""
+    def get_incoming(self, migration_id: str, await_complete_us: int = 0) -> types.Migration:
+        """The migration as the destination sees it, at once, or when no page is missing or the time is over."""
         ...
 
     def complete(self, request: transfer.CompleteRequest) -> None:

@@ -88,6 +88,9 @@ class MigrationRecord:
             migration.CopyFrom(self._migration)
             end_us = self._entered_us.get(self._machine.state, 0) if self.is_final else self._clock.now_us()
             migration.total_us = end_us - self._started_us
+            if State.PRECOPY in self._entered_us:
+                precopy_end_us = self._entered_us.get(State.SWITCHOVER, end_us)
+                migration.precopy_us = precopy_end_us - self._entered_us[State.PRECOPY]
             if State.POSTCOPY in self._entered_us:
                 migration.postcopy_us = end_us - self._entered_us[State.POSTCOPY]
             return migration

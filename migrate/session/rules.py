@@ -8,8 +8,10 @@ from migrate.units import PAGE_SIZE_BYTES, format_bytes, is_page_aligned
 from migrate.v1 import transfer_service_pb2 as transfer
 from migrate.v1 import types_pb2 as types
 
-SUPPORTED_MODES = frozenset({types.MIGRATION_MODE_POSTCOPY})
-SUPPORTED_ORDERS = frozenset({"precopy"})
+SUPPORTED_MODES = frozenset({types.MIGRATION_MODE_POSTCOPY, types.MIGRATION_MODE_HYBRID, types.MIGRATION_MODE_PRECOPY})
+SUPPORTED_ORDERS = ("precopy", "follow", "bubble")
+# The first version that knows Invalidate, and with it modes hybrid and precopy.
+PRECOPY_PROTOCOL_VERSION = 2
 SUPPORTED_TRANSPORTS = frozenset({types.PAGE_TRANSPORT_NATIVE_GRPC, types.PAGE_TRANSPORT_GRPCIO})
 MEMORY_MAX_BYTES = 1 << 40
 
@@ -28,6 +30,39 @@ def choose_transport(asked: int) -> "types.PageTransport.ValueType":
     return types.PAGE_TRANSPORT_NATIVE_GRPC
 
 
+def choose_mode(asked: int, kind: int) -> "types.MigrationMode.ValueType":
+    """The mode of a migration for which none was asked for: hybrid, where the guest can tell what it writes.
+
+    Args:
+        asked: A migrate.v1.MigrationMode.
+        kind: The guest's migrate.v1.GuestKind.
+
+    Raises:
+        ConfigError: the guest cannot be moved in the mode that was asked for.
+    """
+    has_dirty_log = kind == types.GUEST_KIND_KVM
+    if asked == types.MIGRATION_MODE_UNSPECIFIED:
+        return types.MIGRATION_MODE_HYBRID if has_dirty_log else types.MIGRATION_MODE_POSTCOPY
+    if asked in (types.MIGRATION_MODE_HYBRID, types.MIGRATION_MODE_PRECOPY) and not has_dirty_log:
+        raise ConfigError(
+            "a guest of kind process keeps no log of the pages that it writes", remedy="move it with --mode postcopy"
+        )
+    return types.MigrationMode.ValueType(asked)
+
+
+def check_peer_version(mode: int, peer_version: int) -> None:
+    """Whether a destination can take part in a mode.
+
+    Raises:
+        MissingFeatureError: it speaks a version from before that.
+    """
+    if mode != types.MIGRATION_MODE_POSTCOPY and peer_version < PRECOPY_PROTOCOL_VERSION:
+        raise MissingFeatureError(
+            f"the destination speaks protocol version {peer_version}, which knows mode postcopy alone",
+            remedy="use --mode postcopy, or update the destination",
+        )
+
+
 def check_terms(mode: int, order: str) -> None:
     """Whether a migration can be done in the way it is asked for; both sides ask.
 
@@ -35,10 +70,10 @@ def check_terms(mode: int, order: str) -> None:
         ConfigError: not by this version.
     """
     if mode not in SUPPORTED_MODES:
-        raise ConfigError("this version migrates in mode postcopy only")
+        raise ConfigError("this version migrates in modes postcopy, hybrid and precopy")
     if order not in SUPPORTED_ORDERS:
         raise ConfigError(
-            f"{order!r} is no order of the background that this version knows: {sorted(SUPPORTED_ORDERS)}"
+            f"{order!r} is no order of the background that this version knows: {', '.join(SUPPORTED_ORDERS)}"
         )
 
 

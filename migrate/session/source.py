@@ -1,9 +1,10 @@
-"""The source's side of one migration: prepare, pause, hand over, serve pages until END.
+"""The source's side of one migration: prepare, precopy, pause, hand over, serve pages until END.
 
 Who holds the guest is never guessed. Once Switchover was sent, the vCPUs stay paused here until the destination either
 runs the guest, or says that it never did and never will; if the answer is lost, the source asks until it knows.
 """
 
+import contextlib
 import os
 import secrets
 import threading
@@ -24,9 +25,11 @@ from migrate.errors import (
 )
 from migrate.native.exports import Exports
 from migrate.native.page_source import PageSource
+from migrate.session.convergence import DOWNTIME_LIMIT_DEFAULT_US, Next, Terms
 from migrate.session.ports import GuestPort, PeerPort
+from migrate.session.precopy import Precopy
 from migrate.session.record import MigrationRecord
-from migrate.session.rules import check_terms, choose_transport
+from migrate.session.rules import check_peer_version, check_terms, choose_mode, choose_transport
 from migrate.session.states import Event, Side, State
 from migrate.telemetry.clock import Clock
 from migrate.units import bytes_to_pages
@@ -38,11 +41,18 @@ _POLL_S = 0.2
 _RETRY_FIRST_S = 0.1
 _RETRY_MAX_S = 2.0
 _PEER_SILENT_POLLS_MAX = 25
+# Pages of the last round that do not come in the time that was reckoned get this much more.
+_COMPLETE_GRACE_US = 1_000_000
+_CANCEL_DEADLINE_S = 60.0
 _RUNNING_STATES = (
     types.MIGRATION_STATE_POSTCOPY,
     types.MIGRATION_STATE_POSTCOPY_PAUSED,
     types.MIGRATION_STATE_COMPLETED,
 )
+
+
+class _CancelledError(MigrationAbortedError):
+    """The operator gave up; the session's thread undoes what there is."""
 
 
 class SourceSession:
@@ -51,9 +61,10 @@ class SourceSession:
     Args:
         migration_id: Names the migration on both sides.
         request: What the operator asked for; `request.guest` is locked for this session.
+        kind: Its kind.
         guest: The guest process.
         peer: The destination daemon.
-        exports: Where the guest's pages are published while it is paused.
+        exports: Where the guest's pages are published.
         page_endpoint: Our PageService for the transport that is asked for, as the destination should see it.
         control_endpoint: Our TransferService, likewise.
         clock: Times it all.
@@ -64,6 +75,7 @@ class SourceSession:
         self,
         migration_id: str,
         request: operator.StartMigrationRequest,
+        kind: "types.GuestKind.ValueType",
         guest: GuestPort,
         peer: PeerPort,
         exports: Exports,
@@ -73,8 +85,14 @@ class SourceSession:
         clock: Clock,
         on_guest_left: Callable[[], None],
     ) -> None:
-        check_terms(request.mode, request.order)
+        mode = choose_mode(request.mode, kind)
+        check_terms(mode, request.order)
         self._request = request
+        self._terms = Terms(
+            mode,
+            request.downtime_limit_us or DOWNTIME_LIMIT_DEFAULT_US,
+            request.on_no_convergence or types.NO_CONVERGENCE_POSTCOPY,
+        )
         self._guest = guest
         self._peer = peer
         self._exports = exports
@@ -84,6 +102,9 @@ class SourceSession:
         self._on_guest_left = on_guest_left
         self._token = secrets.token_urlsafe(32)
         self._stopping = threading.Event()
+        self._forced = threading.Event()
+        self._precopy: Precopy | None = None
+        self._is_published = False
         self._memfds: list[int] = []
         self._source: PageSource | None = None
         self.record = MigrationRecord(
@@ -91,7 +112,8 @@ class SourceSession:
             types.Migration(
                 migration_id=migration_id,
                 guest=request.guest,
-                mode=request.mode,
+                guest_kind=kind,
+                mode=mode,
                 order=request.order,
                 transport=choose_transport(request.transport),
                 peer=request.to,
@@ -103,13 +125,46 @@ class SourceSession:
         """Drive the migration to a final state, or until `stop`."""
         try:
             self._prepare()
-            self._switch_over()
+            self._switch_over(self._copy_before())
             if not self.record.is_final:
                 self._serve_until_end()
+        except _CancelledError:
+            self._undo()
         except MigrateError as error:
             self._fail(error)
         finally:
             self._release()
+
+    def start_switchover(self) -> None:
+        """Switch over as soon as possible, whatever the mode waits for. Repeating it is harmless.
+
+        Raises:
+            GuestBusyError: it has begun already.
+        """
+        with self.record.lock:
+            if self.record.state not in (State.SETUP, State.PRECOPY):
+                raise GuestBusyError(
+                    f"the switchover is not ahead in state {self.record.state.name}", holder=self.record.holder
+                )
+            self._forced.set()
+
+    def cancel(self) -> None:
+        """Give up; returns when the destination keeps nothing. The guest runs on here, as if nothing had been.
+
+        Raises:
+            GuestBusyError: the vCPUs have been told to stop for it, or it is over.
+        """
+        with self.record.lock:
+            if self.record.state not in (State.CANCELLING, State.CANCELLED):
+                if not self.record.can(Event.CANCEL):
+                    raise GuestBusyError(
+                        f"a migration in state {self.record.state.name} cannot be cancelled",
+                        holder=self.record.holder,
+                        remedy="wait for its end; from postcopy on, a guest can only go on to its destination",
+                    )
+                self.record.on(Event.CANCEL)
+        if not self.record.wait_state(_is_final, _CANCEL_DEADLINE_S):
+            raise GuestBusyError("the destination has not answered yet; the guest runs on at the source")
 
     def stop(self) -> None:
         """Have `run` return soon, wherever it is. Who holds the guest does not change."""
@@ -148,31 +203,75 @@ class SourceSession:
                 page_endpoint=str(self._page_endpoint),
                 control_endpoint=str(self._control_endpoint),
                 token=self._token,
-                mode=self._request.mode,
+                mode=types.MigrationMode.ValueType(self._terms.mode),
                 order=self._request.order,
                 transport=choose_transport(self._request.transport),
                 max_bandwidth_bytes_per_s=self._request.max_bandwidth_bytes_per_s,
                 verify=self._request.verify,
             )
         )
+        check_peer_version(self._terms.mode, prepared.protocol_version)
         self.record.update(lambda migration: _note_transport(migration, prepared.transport))
         self._source = PageSource(self._memfds[0], bytes_to_pages(description.regions[0].size_bytes))
-        self.record.on(Event.PREPARED)
+
+    # ---- PRECOPY ----
+
+    def _copy_before(self) -> Next:
+        """Move pages while the guest runs here, until it is time to switch over; say how."""
+        if self._terms.mode == types.MIGRATION_MODE_POSTCOPY or self._source is None:
+            return Next.SWITCH_WITH_REST
+        self._advance(Event.PRECOPY)
+        if self._request.verify:
+            self._source.digest_replies()
+        self._publish()
+        self._precopy = Precopy(self.record.migration_id, self._guest, self._peer, self._exports, self._clock)
+        self._precopy.begin()
+        return self._precopy.run(self._terms, self._follow_precopy, self._forced.is_set)
+
+    def _follow_precopy(self, incoming: types.Migration) -> None:
+        """Take over figures; raise what ends the precopy from here."""
+        if self._stopping.is_set():
+            raise MigrationAbortedError("the source daemon is shutting down")
+        with self.record.lock:
+            if self.record.state is State.CANCELLING:
+                raise _CancelledError("cancelled")
+            generation = self._precopy.generation if self._precopy is not None else 0
+            self.record.update(lambda migration: _merge_pages(migration, incoming, generation))
+
+    def _advance(self, event: Event) -> None:
+        """A step that a cancellation may have come before."""
+        with self.record.lock:
+            if self.record.state is State.CANCELLING:
+                raise _CancelledError("cancelled")
+            self.record.on(event)
+
+    def _publish(self) -> None:
+        if self._source is not None and not self._is_published:
+            self._exports.publish(self.record.migration_id, self._token, self._source)
+            self._is_published = True
 
     # ---- SWITCHOVER ----
 
-    def _switch_over(self) -> None:
+    def _switch_over(self, how: Next) -> None:
         if self._source is None:
             raise LocalProtocolError("switchover before prepare")
+        self._advance(Event.PREPARED if self._precopy is None else Event.SWITCHOVER)
+        with_all = how is Next.SWITCH_WITH_ALL
         paused_us = self._clock.now_us()
         self._guest.pause()
+        if self._precopy is not None:
+            self._precopy.last_round(fetch=with_all)
         memory_digest = self._source.take_digests() if self._request.verify else 0
         # Pages are served from before the state is loaded, which may touch some.
-        self._exports.publish(self.record.migration_id, self._token, self._source)
+        self._publish()
         state, touches = self._guest.save_state()
         self.record.update(lambda migration: _note_touches(migration, touches))
         request = transfer.SwitchoverRequest(
-            migration_id=self.record.migration_id, state=state, guest_touches=touches, memory_digest=memory_digest
+            migration_id=self.record.migration_id,
+            state=state,
+            guest_touches=touches,
+            memory_digest=memory_digest,
+            complete_within_us=self._terms.downtime_limit_us + _COMPLETE_GRACE_US if with_all else 0,
         )
         try:
             self._peer.switch_over(request)
@@ -252,17 +351,35 @@ class SourceSession:
 
     # ---- ends ----
 
+    def _undo(self) -> None:
+        """Cancelled: the guest never stopped, and the destination lets go of what it has."""
+        if self._precopy is not None:
+            self._precopy.end(guest_stays=True)
+        with contextlib.suppress(MigrateError):
+            # If it cannot be reached, it will find us silent, and undo the same by itself.
+            self._peer.abort(self.record.migration_id, "cancelled by the operator")
+        self.record.on(Event.UNDONE)
+
+    def _stop_precopy(self, *, guest_stays: bool) -> None:
+        self._exports.withdraw(self.record.migration_id)
+        if self._precopy is not None:
+            self._precopy.end(guest_stays=guest_stays)
+
     def _fail(self, error: MigrateError) -> None:
         """Nothing moved, or the destination gave it back: the guest runs on here."""
         with self.record.lock:
             if self.record.is_final:
                 return
-            if not self.record.can(Event.REFUSED):
+            is_cancelled = self.record.state is State.CANCELLING
+            if not is_cancelled and not self.record.can(Event.REFUSED):
                 self.record.note_error(error)
                 return
             in_switchover = self.record.state is State.SWITCHOVER
+        if is_cancelled:
+            self._undo()
+            return
+        self._stop_precopy(guest_stays=True)
         if in_switchover:
-            self._exports.withdraw(self.record.migration_id)
             try:
                 self._guest.resume()
             except MigrateError as resume_error:
@@ -276,7 +393,7 @@ class SourceSession:
             return
 
     def _release(self) -> None:
-        self._exports.withdraw(self.record.migration_id)
+        self._stop_precopy(guest_stays=False)
         if self._source is not None:
             self._source.close()
         for memfd in self._memfds:
@@ -305,6 +422,13 @@ def _note_touches(migration: types.Migration, touches: int) -> None:
 
 def _note_downtime(migration: types.Migration, downtime_us: int) -> None:
     migration.downtime_us = downtime_us
+
+
+def _merge_pages(migration: types.Migration, destination: types.Migration, generation: int) -> None:
+    """Copy the figures of a precopy that only the destination can know."""
+    migration.bytes_on_wire = destination.bytes_on_wire
+    migration.pages.CopyFrom(destination.pages)
+    migration.generation = generation
 
 
 def _merge(migration: types.Migration, destination: types.Migration) -> None:

@@ -7,10 +7,12 @@ code raised the event, the peer's if a message did. The diagrams of docs/protoco
 The source and the destination pass through the same states at different moments. What counts is that each of the
 destination's steps happens inside the source's step of the same name:
 
-    source       SETUP ──────────────▶ SWITCHOVER ──────────────────────────▶ POSTCOPY ──────────▶ COMPLETED
-                   │ Prepare      ▲ ok    │ Switchover(state)        ▲ runs      ▲  serve pages  │ ▲
-                   ▼              │       ▼                          │           ▼               │ │ Complete
-    destination  SETUP ───────────┘    SWITCHOVER ─ load ─ resume ─ POSTCOPY ── place pages ── END ─┘
+    source       SETUP ────────▶ PRECOPY ────────▶ SWITCHOVER ─────────────────────────▶ POSTCOPY ─────────▶ COMPLETED
+                   │ Prepare  ▲ ok  │ Invalidate ▲   │ Switchover(state)        ▲ runs     ▲  serve pages │ ▲
+                   ▼          │     ▼            ▼   ▼                          │          ▼              │ │ Complete
+    destination  SETUP ───────┘  PRECOPY ── pages  SWITCHOVER ─ load ─ resume ─ POSTCOPY ─ place pages ─ END ─┘
+
+PRECOPY is left out in mode postcopy.
 """
 
 from enum import Enum
@@ -22,10 +24,12 @@ class State(Enum):
     """States of a migration. Values equal migrate.v1.MigrationState."""
 
     SETUP = 1
+    PRECOPY = 2
     SWITCHOVER = 3
     POSTCOPY = 4
     POSTCOPY_PAUSED = 5
     COMPLETED = 7
+    CANCELLING = 8
     CANCELLED = 9
     FAILED = 10
 
@@ -41,8 +45,12 @@ class Event(Enum):
     """What can happen to a migration."""
 
     PREPARED = "the destination is prepared; vCPUs are told to stop"
+    PRECOPY = "the destination is prepared; a first pass over all pages begins, while the vCPUs run"
+    INVALIDATED = "a round of the dirty log came, perhaps the first, which begins the precopy"
+    CANCEL = "the operator wants it no more"
+    UNDONE = "the destination keeps nothing of it"
     REFUSED = "the destination refused, or said that the guest never ran there and never will"
-    SWITCHOVER = "vCPU and device state arrived"
+    SWITCHOVER = "vCPUs are told to stop; their state arrives"
     RUNNING = "the vCPUs run at the destination"
     NOT_RUNNING = "the state could not be loaded; the twin was destroyed"
     LINK_LOST = "the page call broke"
@@ -55,8 +63,15 @@ FINAL_STATES = frozenset({State.COMPLETED, State.CANCELLED, State.FAILED})
 
 SOURCE_TABLE: dict[tuple[State, Event], State] = {
     (State.SETUP, Event.PREPARED): State.SWITCHOVER,
+    (State.SETUP, Event.PRECOPY): State.PRECOPY,
+    (State.SETUP, Event.CANCEL): State.CANCELLING,
     (State.SETUP, Event.REFUSED): State.FAILED,
     (State.SETUP, Event.GUEST_LOST): State.FAILED,
+    (State.PRECOPY, Event.SWITCHOVER): State.SWITCHOVER,
+    (State.PRECOPY, Event.CANCEL): State.CANCELLING,
+    (State.PRECOPY, Event.REFUSED): State.FAILED,
+    (State.PRECOPY, Event.GUEST_LOST): State.FAILED,
+    (State.CANCELLING, Event.UNDONE): State.CANCELLED,
     (State.SWITCHOVER, Event.RUNNING): State.POSTCOPY,
     (State.SWITCHOVER, Event.REFUSED): State.FAILED,
     (State.SWITCHOVER, Event.GUEST_LOST): State.FAILED,
@@ -70,9 +85,15 @@ SOURCE_TABLE: dict[tuple[State, Event], State] = {
 
 DESTINATION_TABLE: dict[tuple[State, Event], State] = {
     (State.SETUP, Event.SWITCHOVER): State.SWITCHOVER,
+    (State.SETUP, Event.INVALIDATED): State.PRECOPY,
     (State.SETUP, Event.REFUSED): State.FAILED,
     (State.SETUP, Event.ABORTED): State.CANCELLED,
     (State.SETUP, Event.GUEST_LOST): State.CANCELLED,
+    (State.PRECOPY, Event.INVALIDATED): State.PRECOPY,
+    (State.PRECOPY, Event.SWITCHOVER): State.SWITCHOVER,
+    (State.PRECOPY, Event.REFUSED): State.FAILED,
+    (State.PRECOPY, Event.ABORTED): State.CANCELLED,
+    (State.PRECOPY, Event.GUEST_LOST): State.CANCELLED,
     (State.SWITCHOVER, Event.RUNNING): State.POSTCOPY,
     (State.SWITCHOVER, Event.NOT_RUNNING): State.FAILED,
     (State.POSTCOPY, Event.LINK_LOST): State.POSTCOPY_PAUSED,
@@ -86,6 +107,8 @@ _TABLES = {Side.SOURCE: SOURCE_TABLE, Side.DESTINATION: DESTINATION_TABLE}
 
 _HOLDERS = {
     State.SETUP: GuestHolder.SOURCE,
+    State.PRECOPY: GuestHolder.SOURCE,
+    State.CANCELLING: GuestHolder.SOURCE,
     State.SWITCHOVER: GuestHolder.SOURCE,
     State.POSTCOPY: GuestHolder.SPLIT,
     State.POSTCOPY_PAUSED: GuestHolder.SPLIT,
@@ -122,7 +145,7 @@ class Machine:
         self.state = after
         if after is not State.FAILED:
             self.holder = _HOLDERS[after]
-        elif event is Event.GUEST_LOST and (self.side is Side.SOURCE or before is not State.SETUP):
+        elif event is Event.GUEST_LOST and (self.side is Side.SOURCE or before not in (State.SETUP, State.PRECOPY)):
             self.holder = GuestHolder.NONE
         return after
 

@@ -35,6 +35,9 @@ class GuestRequest(_message.Message):
     STATISTICS_FIELD_NUMBER: _builtins.int
     AUDIT_FIELD_NUMBER: _builtins.int
     SHUTDOWN_FIELD_NUMBER: _builtins.int
+    START_DIRTY_LOG_FIELD_NUMBER: _builtins.int
+    SYNC_DIRTY_LOG_FIELD_NUMBER: _builtins.int
+    STOP_DIRTY_LOG_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def describe(self) -> Global___DescribeRequest: ...
     @_builtins.property
@@ -55,6 +58,12 @@ class GuestRequest(_message.Message):
     def audit(self) -> Global___AuditRequest: ...
     @_builtins.property
     def shutdown(self) -> Global___ShutdownRequest: ...
+    @_builtins.property
+    def start_dirty_log(self) -> Global___StartDirtyLogRequest: ...
+    @_builtins.property
+    def sync_dirty_log(self) -> Global___SyncDirtyLogRequest: ...
+    @_builtins.property
+    def stop_dirty_log(self) -> Global___StopDirtyLogRequest: ...
     def __init__(
         self,
         *,
@@ -68,12 +77,15 @@ class GuestRequest(_message.Message):
         statistics: Global___StatisticsRequest | None = ...,
         audit: Global___AuditRequest | None = ...,
         shutdown: Global___ShutdownRequest | None = ...,
+        start_dirty_log: Global___StartDirtyLogRequest | None = ...,
+        sync_dirty_log: Global___SyncDirtyLogRequest | None = ...,
+        stop_dirty_log: Global___StopDirtyLogRequest | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["arm", b"arm", "audit", b"audit", "describe", b"describe", "disarm", b"disarm", "load_state", b"load_state", "pause", b"pause", "request", b"request", "resume", b"resume", "save_state", b"save_state", "shutdown", b"shutdown", "statistics", b"statistics"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["arm", b"arm", "audit", b"audit", "describe", b"describe", "disarm", b"disarm", "load_state", b"load_state", "pause", b"pause", "request", b"request", "resume", b"resume", "save_state", b"save_state", "shutdown", b"shutdown", "start_dirty_log", b"start_dirty_log", "statistics", b"statistics", "stop_dirty_log", b"stop_dirty_log", "sync_dirty_log", b"sync_dirty_log"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arm", b"arm", "audit", b"audit", "describe", b"describe", "disarm", b"disarm", "load_state", b"load_state", "pause", b"pause", "request", b"request", "resume", b"resume", "save_state", b"save_state", "shutdown", b"shutdown", "statistics", b"statistics"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arm", b"arm", "audit", b"audit", "describe", b"describe", "disarm", b"disarm", "load_state", b"load_state", "pause", b"pause", "request", b"request", "resume", b"resume", "save_state", b"save_state", "shutdown", b"shutdown", "start_dirty_log", b"start_dirty_log", "statistics", b"statistics", "stop_dirty_log", b"stop_dirty_log", "sync_dirty_log", b"sync_dirty_log"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_request: _TypeAlias = _typing.Literal["describe", "pause", "resume", "save_state", "load_state", "arm", "disarm", "statistics", "audit", "shutdown"]  # noqa: Y015
+    _WhichOneofReturnType_request: _TypeAlias = _typing.Literal["describe", "pause", "resume", "save_state", "load_state", "arm", "disarm", "statistics", "audit", "shutdown", "start_dirty_log", "sync_dirty_log", "stop_dirty_log"]  # noqa: Y015
     _WhichOneofArgType_request: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_request) -> _WhichOneofReturnType_request | None: ...
 
@@ -94,6 +106,9 @@ class GuestResponse(_message.Message):
     STATISTICS_FIELD_NUMBER: _builtins.int
     AUDIT_FIELD_NUMBER: _builtins.int
     SHUTDOWN_FIELD_NUMBER: _builtins.int
+    START_DIRTY_LOG_FIELD_NUMBER: _builtins.int
+    SYNC_DIRTY_LOG_FIELD_NUMBER: _builtins.int
+    STOP_DIRTY_LOG_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def error(self) -> _types_pb2.ErrorInfo:
         """Set instead of a response if the request failed; the guest is then as it was before."""
@@ -118,6 +133,12 @@ class GuestResponse(_message.Message):
     def audit(self) -> Global___AuditResponse: ...
     @_builtins.property
     def shutdown(self) -> Global___ShutdownResponse: ...
+    @_builtins.property
+    def start_dirty_log(self) -> Global___StartDirtyLogResponse: ...
+    @_builtins.property
+    def sync_dirty_log(self) -> Global___SyncDirtyLogResponse: ...
+    @_builtins.property
+    def stop_dirty_log(self) -> Global___StopDirtyLogResponse: ...
     def __init__(
         self,
         *,
@@ -132,12 +153,15 @@ class GuestResponse(_message.Message):
         statistics: Global___StatisticsResponse | None = ...,
         audit: Global___AuditResponse | None = ...,
         shutdown: Global___ShutdownResponse | None = ...,
+        start_dirty_log: Global___StartDirtyLogResponse | None = ...,
+        sync_dirty_log: Global___SyncDirtyLogResponse | None = ...,
+        stop_dirty_log: Global___StopDirtyLogResponse | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["arm", b"arm", "audit", b"audit", "describe", b"describe", "disarm", b"disarm", "error", b"error", "load_state", b"load_state", "pause", b"pause", "response", b"response", "resume", b"resume", "save_state", b"save_state", "shutdown", b"shutdown", "statistics", b"statistics"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["arm", b"arm", "audit", b"audit", "describe", b"describe", "disarm", b"disarm", "error", b"error", "load_state", b"load_state", "pause", b"pause", "response", b"response", "resume", b"resume", "save_state", b"save_state", "shutdown", b"shutdown", "start_dirty_log", b"start_dirty_log", "statistics", b"statistics", "stop_dirty_log", b"stop_dirty_log", "sync_dirty_log", b"sync_dirty_log"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arm", b"arm", "audit", b"audit", "describe", b"describe", "disarm", b"disarm", "error", b"error", "load_state", b"load_state", "pause", b"pause", "response", b"response", "resume", b"resume", "save_state", b"save_state", "shutdown", b"shutdown", "statistics", b"statistics"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arm", b"arm", "audit", b"audit", "describe", b"describe", "disarm", b"disarm", "error", b"error", "load_state", b"load_state", "pause", b"pause", "response", b"response", "resume", b"resume", "save_state", b"save_state", "shutdown", b"shutdown", "start_dirty_log", b"start_dirty_log", "statistics", b"statistics", "stop_dirty_log", b"stop_dirty_log", "sync_dirty_log", b"sync_dirty_log"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_response: _TypeAlias = _typing.Literal["describe", "pause", "resume", "save_state", "load_state", "arm", "disarm", "statistics", "audit", "shutdown"]  # noqa: Y015
+    _WhichOneofReturnType_response: _TypeAlias = _typing.Literal["describe", "pause", "resume", "save_state", "load_state", "arm", "disarm", "statistics", "audit", "shutdown", "start_dirty_log", "sync_dirty_log", "stop_dirty_log"]  # noqa: Y015
     _WhichOneofArgType_response: _TypeAlias = _typing.Literal["response", b"response"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_response) -> _WhichOneofReturnType_response | None: ...
 
@@ -474,6 +498,110 @@ class AuditResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AuditResponse: _TypeAlias = AuditResponse  # noqa: Y015
+
+@_typing.final
+class StartDirtyLogRequest(_message.Message):
+    """From now on, pages that the vCPUs write are noted. Comes with one descriptor for each RAM region: a memfd with a bit
+    for each page (bit 0 of byte 0 is page 0), which SyncDirtyLog fills in. Repeatable: a log that was begun begins anew.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StartDirtyLogRequest: _TypeAlias = StartDirtyLogRequest  # noqa: Y015
+
+@_typing.final
+class StartDirtyLogResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StartDirtyLogResponse: _TypeAlias = StartDirtyLogResponse  # noqa: Y015
+
+@_typing.final
+class SyncDirtyLogRequest(_message.Message):
+    """Moves the pages written since the last time into the memfd. What is read of a page after the answer has every write
+    that was noted in it or before.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SyncDirtyLogRequest: _TypeAlias = SyncDirtyLogRequest  # noqa: Y015
+
+@_typing.final
+class SyncDirtyLogResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIRTY_PAGES_FIELD_NUMBER: _builtins.int
+    dirty_pages: _builtins.int
+    def __init__(
+        self,
+        *,
+        dirty_pages: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dirty_pages", b"dirty_pages"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SyncDirtyLogResponse: _TypeAlias = SyncDirtyLogResponse  # noqa: Y015
+
+@_typing.final
+class StopDirtyLogRequest(_message.Message):
+    """Repeatable."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StopDirtyLogRequest: _TypeAlias = StopDirtyLogRequest  # noqa: Y015
+
+@_typing.final
+class StopDirtyLogResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StopDirtyLogResponse: _TypeAlias = StopDirtyLogResponse  # noqa: Y015
 
 @_typing.final
 class ShutdownRequest(_message.Message):

@@ -30,6 +30,9 @@ class StartMigrationRequest(_message.Message):
     TRANSPORT_FIELD_NUMBER: _builtins.int
     MAX_BANDWIDTH_BYTES_PER_S_FIELD_NUMBER: _builtins.int
     VERIFY_FIELD_NUMBER: _builtins.int
+    DOWNTIME_LIMIT_US_FIELD_NUMBER: _builtins.int
+    ON_NO_CONVERGENCE_FIELD_NUMBER: _builtins.int
+    COMPRESSION_FIELD_NUMBER: _builtins.int
     guest: _builtins.str
     to: _builtins.str
     """Control address of the destination daemon, HOST:PORT."""
@@ -39,6 +42,10 @@ class StartMigrationRequest(_message.Message):
     transport: _types_pb2.PageTransport.ValueType
     max_bandwidth_bytes_per_s: _builtins.int
     verify: _builtins.bool
+    downtime_limit_us: _builtins.int
+    """In mode precopy, how long the vCPUs may stand still; 0 is 50 ms."""
+    on_no_convergence: _types_pb2.NoConvergence.ValueType
+    compression: _types_pb2.PageCompression.ValueType
     def __init__(
         self,
         *,
@@ -49,10 +56,13 @@ class StartMigrationRequest(_message.Message):
         transport: _types_pb2.PageTransport.ValueType = ...,
         max_bandwidth_bytes_per_s: _builtins.int = ...,
         verify: _builtins.bool = ...,
+        downtime_limit_us: _builtins.int = ...,
+        on_no_convergence: _types_pb2.NoConvergence.ValueType = ...,
+        compression: _types_pb2.PageCompression.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["guest", b"guest", "max_bandwidth_bytes_per_s", b"max_bandwidth_bytes_per_s", "mode", b"mode", "order", b"order", "to", b"to", "transport", b"transport", "verify", b"verify"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compression", b"compression", "downtime_limit_us", b"downtime_limit_us", "guest", b"guest", "max_bandwidth_bytes_per_s", b"max_bandwidth_bytes_per_s", "mode", b"mode", "on_no_convergence", b"on_no_convergence", "order", b"order", "to", b"to", "transport", b"transport", "verify", b"verify"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -191,3 +201,76 @@ class WatchMigrationResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WatchMigrationResponse: _TypeAlias = WatchMigrationResponse  # noqa: Y015
+
+@_typing.final
+class StartSwitchoverRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MIGRATION_ID_FIELD_NUMBER: _builtins.int
+    migration_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        migration_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["migration_id", b"migration_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StartSwitchoverRequest: _TypeAlias = StartSwitchoverRequest  # noqa: Y015
+
+@_typing.final
+class StartSwitchoverResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StartSwitchoverResponse: _TypeAlias = StartSwitchoverResponse  # noqa: Y015
+
+@_typing.final
+class CancelMigrationRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MIGRATION_ID_FIELD_NUMBER: _builtins.int
+    migration_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        migration_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["migration_id", b"migration_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CancelMigrationRequest: _TypeAlias = CancelMigrationRequest  # noqa: Y015
+
+@_typing.final
+class CancelMigrationResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MIGRATION_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def migration(self) -> _types_pb2.Migration: ...
+    def __init__(
+        self,
+        *,
+        migration: _types_pb2.Migration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["migration", b"migration"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["migration", b"migration"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CancelMigrationResponse: _TypeAlias = CancelMigrationResponse  # noqa: Y015

@@ -55,6 +55,16 @@ class MigrationServiceStub:
                 request_serializer=migrate_dot_v1_dot_migration__service__pb2.WatchMigrationRequest.SerializeToString,
                 response_deserializer=migrate_dot_v1_dot_migration__service__pb2.WatchMigrationResponse.FromString,
                 _registered_method=True)
+        self.StartSwitchover = channel.unary_unary(
+                '/migrate.v1.MigrationService/StartSwitchover',
+                request_serializer=migrate_dot_v1_dot_migration__service__pb2.StartSwitchoverRequest.SerializeToString,
+                response_deserializer=migrate_dot_v1_dot_migration__service__pb2.StartSwitchoverResponse.FromString,
+                _registered_method=True)
+        self.CancelMigration = channel.unary_unary(
+                '/migrate.v1.MigrationService/CancelMigration',
+                request_serializer=migrate_dot_v1_dot_migration__service__pb2.CancelMigrationRequest.SerializeToString,
+                response_deserializer=migrate_dot_v1_dot_migration__service__pb2.CancelMigrationResponse.FromString,
+                _registered_method=True)
 
 
 class MigrationServiceServicer:
@@ -87,6 +97,21 @@ class MigrationServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def StartSwitchover(self, request, context):
+        """Switches over as soon as possible, whatever the mode waits for; the rest follows by postcopy.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CancelMigration(self, request, context):
+        """Gives up, as long as the vCPUs have not been told to stop for it: the guest runs on at the source. Answers when the
+        destination has nothing left of it, or cannot be reached.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_MigrationServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -109,6 +134,16 @@ def add_MigrationServiceServicer_to_server(servicer, server):
                     servicer.WatchMigration,
                     request_deserializer=migrate_dot_v1_dot_migration__service__pb2.WatchMigrationRequest.FromString,
                     response_serializer=migrate_dot_v1_dot_migration__service__pb2.WatchMigrationResponse.SerializeToString,
+            ),
+            'StartSwitchover': grpc.unary_unary_rpc_method_handler(
+                    servicer.StartSwitchover,
+                    request_deserializer=migrate_dot_v1_dot_migration__service__pb2.StartSwitchoverRequest.FromString,
+                    response_serializer=migrate_dot_v1_dot_migration__service__pb2.StartSwitchoverResponse.SerializeToString,
+            ),
+            'CancelMigration': grpc.unary_unary_rpc_method_handler(
+                    servicer.CancelMigration,
+                    request_deserializer=migrate_dot_v1_dot_migration__service__pb2.CancelMigrationRequest.FromString,
+                    response_serializer=migrate_dot_v1_dot_migration__service__pb2.CancelMigrationResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -220,6 +255,60 @@ class MigrationService:
             '/migrate.v1.MigrationService/WatchMigration',
             migrate_dot_v1_dot_migration__service__pb2.WatchMigrationRequest.SerializeToString,
             migrate_dot_v1_dot_migration__service__pb2.WatchMigrationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StartSwitchover(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/migrate.v1.MigrationService/StartSwitchover',
+            migrate_dot_v1_dot_migration__service__pb2.StartSwitchoverRequest.SerializeToString,
+            migrate_dot_v1_dot_migration__service__pb2.StartSwitchoverResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CancelMigration(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/migrate.v1.MigrationService/CancelMigration',
+            migrate_dot_v1_dot_migration__service__pb2.CancelMigrationRequest.SerializeToString,
+            migrate_dot_v1_dot_migration__service__pb2.CancelMigrationResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -39,6 +39,12 @@ class MigrationServiceStub:
     ListMigrations: _grpc.UnaryUnaryMultiCallable[_migration_service_pb2.ListMigrationsRequest, _migration_service_pb2.ListMigrationsResponse]
     WatchMigration: _grpc.UnaryStreamMultiCallable[_migration_service_pb2.WatchMigrationRequest, _migration_service_pb2.WatchMigrationResponse]
     """Sends the migration whenever it changes, and a last time in its final state."""
+    StartSwitchover: _grpc.UnaryUnaryMultiCallable[_migration_service_pb2.StartSwitchoverRequest, _migration_service_pb2.StartSwitchoverResponse]
+    """Switches over as soon as possible, whatever the mode waits for; the rest follows by postcopy."""
+    CancelMigration: _grpc.UnaryUnaryMultiCallable[_migration_service_pb2.CancelMigrationRequest, _migration_service_pb2.CancelMigrationResponse]
+    """Gives up, as long as the vCPUs have not been told to stop for it: the guest runs on at the source. Answers when the
+    destination has nothing left of it, or cannot be reached.
+    """
 
 @_typing.type_check_only
 class MigrationServiceAsyncStub(MigrationServiceStub):
@@ -51,6 +57,12 @@ class MigrationServiceAsyncStub(MigrationServiceStub):
     ListMigrations: _aio.UnaryUnaryMultiCallable[_migration_service_pb2.ListMigrationsRequest, _migration_service_pb2.ListMigrationsResponse]  # type: ignore[assignment]
     WatchMigration: _aio.UnaryStreamMultiCallable[_migration_service_pb2.WatchMigrationRequest, _migration_service_pb2.WatchMigrationResponse]  # type: ignore[assignment]
     """Sends the migration whenever it changes, and a last time in its final state."""
+    StartSwitchover: _aio.UnaryUnaryMultiCallable[_migration_service_pb2.StartSwitchoverRequest, _migration_service_pb2.StartSwitchoverResponse]  # type: ignore[assignment]
+    """Switches over as soon as possible, whatever the mode waits for; the rest follows by postcopy."""
+    CancelMigration: _aio.UnaryUnaryMultiCallable[_migration_service_pb2.CancelMigrationRequest, _migration_service_pb2.CancelMigrationResponse]  # type: ignore[assignment]
+    """Gives up, as long as the vCPUs have not been told to stop for it: the guest runs on at the source. Answers when the
+    destination has nothing left of it, or cannot be reached.
+    """
 
 class MigrationServiceServicer(metaclass=_abc_1.ABCMeta):
     """Served by every daemon; a migration is started at its source."""
@@ -84,5 +96,23 @@ class MigrationServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_migration_service_pb2.WatchMigrationResponse], _abc.AsyncIterator[_migration_service_pb2.WatchMigrationResponse]]:
         """Sends the migration whenever it changes, and a last time in its final state."""
+
+    @_abc_1.abstractmethod
+    def StartSwitchover(
+        self,
+        request: _migration_service_pb2.StartSwitchoverRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_migration_service_pb2.StartSwitchoverResponse, _abc.Awaitable[_migration_service_pb2.StartSwitchoverResponse]]:
+        """Switches over as soon as possible, whatever the mode waits for; the rest follows by postcopy."""
+
+    @_abc_1.abstractmethod
+    def CancelMigration(
+        self,
+        request: _migration_service_pb2.CancelMigrationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_migration_service_pb2.CancelMigrationResponse, _abc.Awaitable[_migration_service_pb2.CancelMigrationResponse]]:
+        """Gives up, as long as the vCPUs have not been told to stop for it: the guest runs on at the source. Answers when the
+        destination has nothing left of it, or cannot be reached.
+        """
 
 def add_MigrationServiceServicer_to_server(servicer: MigrationServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -5,6 +5,7 @@ The page call: whoever holds pages serves it; any gRPC client can ask."""
 
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from migrate.v1 import types_pb2 as _types_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -62,6 +63,7 @@ class FetchPagesResponse(_message.Message):
     GENERATION_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     ZERO_FIELD_NUMBER: _builtins.int
+    COMPRESSED_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
     request_id: _builtins.int
     region: _builtins.int
@@ -75,6 +77,10 @@ class FetchPagesResponse(_message.Message):
     """Optional. XXH3-64 over the little-endian XXH3-64 of each page of the run; checked before the pages are placed."""
     @_builtins.property
     def zero(self) -> Global___ZeroPages: ...
+    @_builtins.property
+    def compressed(self) -> Global___Compressed:
+        """Only where both sides agreed on it (Prepare)."""
+
     def __init__(
         self,
         *,
@@ -85,13 +91,14 @@ class FetchPagesResponse(_message.Message):
         generation: _builtins.int = ...,
         data: _builtins.bytes = ...,
         zero: Global___ZeroPages | None = ...,
+        compressed: Global___Compressed | None = ...,
         digest: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "data", b"data", "zero", b"zero"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["compressed", b"compressed", "content", b"content", "data", b"data", "zero", b"zero"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "data", b"data", "digest", b"digest", "first_page", b"first_page", "generation", b"generation", "page_count", b"page_count", "region", b"region", "request_id", b"request_id", "zero", b"zero"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compressed", b"compressed", "content", b"content", "data", b"data", "digest", b"digest", "first_page", b"first_page", "generation", b"generation", "page_count", b"page_count", "region", b"region", "request_id", b"request_id", "zero", b"zero"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_content: _TypeAlias = _typing.Literal["data", "zero"]  # noqa: Y015
+    _WhichOneofReturnType_content: _TypeAlias = _typing.Literal["data", "zero", "compressed"]  # noqa: Y015
     _WhichOneofArgType_content: _TypeAlias = _typing.Literal["content", b"content"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_content) -> _WhichOneofReturnType_content | None: ...
 
@@ -113,3 +120,27 @@ class ZeroPages(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ZeroPages: _TypeAlias = ZeroPages  # noqa: Y015
+
+@_typing.final
+class Compressed(_message.Message):
+    """page_count pages, compressed as one."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COMPRESSION_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    compression: _types_pb2.PageCompression.ValueType
+    data: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        compression: _types_pb2.PageCompression.ValueType = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compression", b"compression", "data", b"data"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Compressed: _TypeAlias = Compressed  # noqa: Y015

@@ -3,8 +3,10 @@
 isort:skip_file
 Daemon to daemon: the control plane of one migration."""
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf.internal import containers as _containers
 from migrate.v1 import types_pb2 as _types_pb2
 import builtins as _builtins
 import sys
@@ -34,6 +36,7 @@ class PrepareRequest(_message.Message):
     TRANSPORT_FIELD_NUMBER: _builtins.int
     MAX_BANDWIDTH_BYTES_PER_S_FIELD_NUMBER: _builtins.int
     VERIFY_FIELD_NUMBER: _builtins.int
+    COMPRESSION_FIELD_NUMBER: _builtins.int
     migration_id: _builtins.str
     protocol_version: _builtins.int
     """Version of this protocol that the source speaks; the destination accepts its own and the one before."""
@@ -51,6 +54,8 @@ class PrepareRequest(_message.Message):
     """Cap of the background, bytes a second; 0 is none. Urgent pages are never capped."""
     verify: _builtins.bool
     """Pages carry digests, and the sum of all is compared at the end."""
+    compression: _types_pb2.PageCompression.ValueType
+    """What the source would like its pages to be compressed with."""
     @_builtins.property
     def guest(self) -> _types_pb2.GuestDescription: ...
     def __init__(
@@ -67,10 +72,11 @@ class PrepareRequest(_message.Message):
         transport: _types_pb2.PageTransport.ValueType = ...,
         max_bandwidth_bytes_per_s: _builtins.int = ...,
         verify: _builtins.bool = ...,
+        compression: _types_pb2.PageCompression.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["guest", b"guest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["control_endpoint", b"control_endpoint", "guest", b"guest", "max_bandwidth_bytes_per_s", b"max_bandwidth_bytes_per_s", "migration_id", b"migration_id", "mode", b"mode", "order", b"order", "page_endpoint", b"page_endpoint", "protocol_version", b"protocol_version", "token", b"token", "transport", b"transport", "verify", b"verify"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compression", b"compression", "control_endpoint", b"control_endpoint", "guest", b"guest", "max_bandwidth_bytes_per_s", b"max_bandwidth_bytes_per_s", "migration_id", b"migration_id", "mode", b"mode", "order", b"order", "page_endpoint", b"page_endpoint", "protocol_version", b"protocol_version", "token", b"token", "transport", b"transport", "verify", b"verify"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -82,22 +88,97 @@ class PrepareResponse(_message.Message):
 
     PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
     TRANSPORT_FIELD_NUMBER: _builtins.int
+    COMPRESSION_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     transport: _types_pb2.PageTransport.ValueType
     """What the destination fetches with: what the source asked for, if it knows it, else the best that it has."""
+    compression: _types_pb2.PageCompression.ValueType
+    """What the destination understands of what the source asked for."""
     def __init__(
         self,
         *,
         protocol_version: _builtins.int = ...,
         transport: _types_pb2.PageTransport.ValueType = ...,
+        compression: _types_pb2.PageCompression.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["protocol_version", b"protocol_version", "transport", b"transport"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compression", b"compression", "protocol_version", b"protocol_version", "transport", b"transport"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PrepareResponse: _TypeAlias = PrepareResponse  # noqa: Y015
+
+@_typing.final
+class StalePages(_message.Message):
+    """A part of the pages that a round found written."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIRST_PAGE_FIELD_NUMBER: _builtins.int
+    BITMAP_FIELD_NUMBER: _builtins.int
+    first_page: _builtins.int
+    bitmap: _builtins.bytes
+    """A bit for each page from first_page on, lowest bit first; those that are set are stale."""
+    def __init__(
+        self,
+        *,
+        first_page: _builtins.int = ...,
+        bitmap: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bitmap", b"bitmap", "first_page", b"first_page"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StalePages: _TypeAlias = StalePages  # noqa: Y015
+
+@_typing.final
+class InvalidateRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MIGRATION_ID_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    STALE_FIELD_NUMBER: _builtins.int
+    FETCH_FIELD_NUMBER: _builtins.int
+    migration_id: _builtins.str
+    generation: _builtins.int
+    """Number of the round. Bytes that were read in an earlier one are no good for these pages."""
+    fetch: _builtins.bool
+    """Whether to fetch what is missing now, or to leave it until the guest is here."""
+    @_builtins.property
+    def stale(self) -> _containers.RepeatedCompositeFieldContainer[Global___StalePages]: ...
+    def __init__(
+        self,
+        *,
+        migration_id: _builtins.str = ...,
+        generation: _builtins.int = ...,
+        stale: _abc.Iterable[Global___StalePages] | None = ...,
+        fetch: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fetch", b"fetch", "generation", b"generation", "migration_id", b"migration_id", "stale", b"stale"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___InvalidateRequest: _TypeAlias = InvalidateRequest  # noqa: Y015
+
+@_typing.final
+class InvalidateResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___InvalidateResponse: _TypeAlias = InvalidateResponse  # noqa: Y015
 
 @_typing.final
 class SwitchoverRequest(_message.Message):
@@ -107,12 +188,15 @@ class SwitchoverRequest(_message.Message):
     STATE_FIELD_NUMBER: _builtins.int
     GUEST_TOUCHES_FIELD_NUMBER: _builtins.int
     MEMORY_DIGEST_FIELD_NUMBER: _builtins.int
+    COMPLETE_WITHIN_US_FIELD_NUMBER: _builtins.int
     migration_id: _builtins.str
     state: _builtins.bytes
     """Kind-specific vCPU and device state, as the guest saved it."""
     guest_touches: _builtins.int
     memory_digest: _builtins.int
     """With verify: sum over all non-zero pages of XXH3-64(page digest, seed = page index), modulo 2^64."""
+    complete_within_us: _builtins.int
+    """Run the guest only when no page is missing, and not at all if that takes longer than this; 0 is at once."""
     def __init__(
         self,
         *,
@@ -120,10 +204,11 @@ class SwitchoverRequest(_message.Message):
         state: _builtins.bytes = ...,
         guest_touches: _builtins.int = ...,
         memory_digest: _builtins.int = ...,
+        complete_within_us: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["guest_touches", b"guest_touches", "memory_digest", b"memory_digest", "migration_id", b"migration_id", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete_within_us", b"complete_within_us", "guest_touches", b"guest_touches", "memory_digest", b"memory_digest", "migration_id", b"migration_id", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -158,15 +243,19 @@ class GetIncomingRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     MIGRATION_ID_FIELD_NUMBER: _builtins.int
+    AWAIT_COMPLETE_US_FIELD_NUMBER: _builtins.int
     migration_id: _builtins.str
+    await_complete_us: _builtins.int
+    """Answer when no page is missing, or after this time."""
     def __init__(
         self,
         *,
         migration_id: _builtins.str = ...,
+        await_complete_us: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["migration_id", b"migration_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["await_complete_us", b"await_complete_us", "migration_id", b"migration_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

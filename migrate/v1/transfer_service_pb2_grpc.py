@@ -40,6 +40,11 @@ class TransferServiceStub:
                 request_serializer=migrate_dot_v1_dot_transfer__service__pb2.PrepareRequest.SerializeToString,
                 response_deserializer=migrate_dot_v1_dot_transfer__service__pb2.PrepareResponse.FromString,
                 _registered_method=True)
+        self.Invalidate = channel.unary_unary(
+                '/migrate.v1.TransferService/Invalidate',
+                request_serializer=migrate_dot_v1_dot_transfer__service__pb2.InvalidateRequest.SerializeToString,
+                response_deserializer=migrate_dot_v1_dot_transfer__service__pb2.InvalidateResponse.FromString,
+                _registered_method=True)
         self.Switchover = channel.unary_unary(
                 '/migrate.v1.TransferService/Switchover',
                 request_serializer=migrate_dot_v1_dot_transfer__service__pb2.SwitchoverRequest.SerializeToString,
@@ -68,6 +73,14 @@ class TransferServiceServicer:
 
     def Prepare(self, request, context):
         """Builds the guest's empty twin, arms it, connects to the page endpoint. Nothing moves yet.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Invalidate(self, request, context):
+        """A round of the dirty log: pages that were written since they were read are missing again. The first one begins the
+        precopy, before anything is read.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -108,6 +121,11 @@ def add_TransferServiceServicer_to_server(servicer, server):
                     servicer.Prepare,
                     request_deserializer=migrate_dot_v1_dot_transfer__service__pb2.PrepareRequest.FromString,
                     response_serializer=migrate_dot_v1_dot_transfer__service__pb2.PrepareResponse.SerializeToString,
+            ),
+            'Invalidate': grpc.unary_unary_rpc_method_handler(
+                    servicer.Invalidate,
+                    request_deserializer=migrate_dot_v1_dot_transfer__service__pb2.InvalidateRequest.FromString,
+                    response_serializer=migrate_dot_v1_dot_transfer__service__pb2.InvalidateResponse.SerializeToString,
             ),
             'Switchover': grpc.unary_unary_rpc_method_handler(
                     servicer.Switchover,
@@ -158,6 +176,33 @@ class TransferService:
             '/migrate.v1.TransferService/Prepare',
             migrate_dot_v1_dot_transfer__service__pb2.PrepareRequest.SerializeToString,
             migrate_dot_v1_dot_transfer__service__pb2.PrepareResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Invalidate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/migrate.v1.TransferService/Invalidate',
+            migrate_dot_v1_dot_transfer__service__pb2.InvalidateRequest.SerializeToString,
+            migrate_dot_v1_dot_transfer__service__pb2.InvalidateResponse.FromString,
             options,
             channel_credentials,
             insecure,

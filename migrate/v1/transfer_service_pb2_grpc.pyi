@@ -35,6 +35,10 @@ class TransferServiceStub:
     def __new__(cls, channel: _aio.Channel) -> TransferServiceAsyncStub: ...
     Prepare: _grpc.UnaryUnaryMultiCallable[_transfer_service_pb2.PrepareRequest, _transfer_service_pb2.PrepareResponse]
     """Builds the guest's empty twin, arms it, connects to the page endpoint. Nothing moves yet."""
+    Invalidate: _grpc.UnaryUnaryMultiCallable[_transfer_service_pb2.InvalidateRequest, _transfer_service_pb2.InvalidateResponse]
+    """A round of the dirty log: pages that were written since they were read are missing again. The first one begins the
+    precopy, before anything is read.
+    """
     Switchover: _grpc.UnaryUnaryMultiCallable[_transfer_service_pb2.SwitchoverRequest, _transfer_service_pb2.SwitchoverResponse]
     """Hands over vCPU and device state. Answers when the guest runs at the destination."""
     GetIncoming: _grpc.UnaryUnaryMultiCallable[_transfer_service_pb2.GetIncomingRequest, _transfer_service_pb2.GetIncomingResponse]
@@ -51,6 +55,10 @@ class TransferServiceAsyncStub(TransferServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Prepare: _aio.UnaryUnaryMultiCallable[_transfer_service_pb2.PrepareRequest, _transfer_service_pb2.PrepareResponse]  # type: ignore[assignment]
     """Builds the guest's empty twin, arms it, connects to the page endpoint. Nothing moves yet."""
+    Invalidate: _aio.UnaryUnaryMultiCallable[_transfer_service_pb2.InvalidateRequest, _transfer_service_pb2.InvalidateResponse]  # type: ignore[assignment]
+    """A round of the dirty log: pages that were written since they were read are missing again. The first one begins the
+    precopy, before anything is read.
+    """
     Switchover: _aio.UnaryUnaryMultiCallable[_transfer_service_pb2.SwitchoverRequest, _transfer_service_pb2.SwitchoverResponse]  # type: ignore[assignment]
     """Hands over vCPU and device state. Answers when the guest runs at the destination."""
     GetIncoming: _aio.UnaryUnaryMultiCallable[_transfer_service_pb2.GetIncomingRequest, _transfer_service_pb2.GetIncomingResponse]  # type: ignore[assignment]
@@ -70,6 +78,16 @@ class TransferServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_transfer_service_pb2.PrepareResponse, _abc.Awaitable[_transfer_service_pb2.PrepareResponse]]:
         """Builds the guest's empty twin, arms it, connects to the page endpoint. Nothing moves yet."""
+
+    @_abc_1.abstractmethod
+    def Invalidate(
+        self,
+        request: _transfer_service_pb2.InvalidateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_transfer_service_pb2.InvalidateResponse, _abc.Awaitable[_transfer_service_pb2.InvalidateResponse]]:
+        """A round of the dirty log: pages that were written since they were read are missing again. The first one begins the
+        precopy, before anything is read.
+        """
 
     @_abc_1.abstractmethod
     def Switchover(

@@ -144,6 +144,10 @@ class _MigrationModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Migrati
     MIGRATION_MODE_UNSPECIFIED: _MigrationMode.ValueType  # 0
     MIGRATION_MODE_POSTCOPY: _MigrationMode.ValueType  # 1
     """At once: no page moves before the vCPUs do."""
+    MIGRATION_MODE_HYBRID: _MigrationMode.ValueType  # 2
+    """After one pass over all pages; those written meanwhile follow by postcopy."""
+    MIGRATION_MODE_PRECOPY: _MigrationMode.ValueType  # 3
+    """Once the rest fits into the downtime limit: no page is missing when the vCPUs start."""
 
 class MigrationMode(_MigrationMode, metaclass=_MigrationModeEnumTypeWrapper):
     """When the switchover happens."""
@@ -151,7 +155,59 @@ class MigrationMode(_MigrationMode, metaclass=_MigrationModeEnumTypeWrapper):
 MIGRATION_MODE_UNSPECIFIED: MigrationMode.ValueType  # 0
 MIGRATION_MODE_POSTCOPY: MigrationMode.ValueType  # 1
 """At once: no page moves before the vCPUs do."""
+MIGRATION_MODE_HYBRID: MigrationMode.ValueType  # 2
+"""After one pass over all pages; those written meanwhile follow by postcopy."""
+MIGRATION_MODE_PRECOPY: MigrationMode.ValueType  # 3
+"""Once the rest fits into the downtime limit: no page is missing when the vCPUs start."""
 Global___MigrationMode: _TypeAlias = MigrationMode  # noqa: Y015
+
+class _NoConvergence:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _NoConvergenceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_NoConvergence.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    NO_CONVERGENCE_UNSPECIFIED: _NoConvergence.ValueType  # 0
+    NO_CONVERGENCE_POSTCOPY: _NoConvergence.ValueType  # 1
+    """Switch over, the rest follows by postcopy. The default."""
+    NO_CONVERGENCE_WAIT: _NoConvergence.ValueType  # 2
+    """Go on until it converges, or is cancelled, or told to switch over."""
+    NO_CONVERGENCE_FAIL: _NoConvergence.ValueType  # 3
+    """Give up; the guest stays at the source."""
+
+class NoConvergence(_NoConvergence, metaclass=_NoConvergenceEnumTypeWrapper):
+    """What becomes of a precopy whose guest writes faster than its pages move."""
+
+NO_CONVERGENCE_UNSPECIFIED: NoConvergence.ValueType  # 0
+NO_CONVERGENCE_POSTCOPY: NoConvergence.ValueType  # 1
+"""Switch over, the rest follows by postcopy. The default."""
+NO_CONVERGENCE_WAIT: NoConvergence.ValueType  # 2
+"""Go on until it converges, or is cancelled, or told to switch over."""
+NO_CONVERGENCE_FAIL: NoConvergence.ValueType  # 3
+"""Give up; the guest stays at the source."""
+Global___NoConvergence: _TypeAlias = NoConvergence  # noqa: Y015
+
+class _PageCompression:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PageCompressionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PageCompression.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PAGE_COMPRESSION_UNSPECIFIED: _PageCompression.ValueType  # 0
+    PAGE_COMPRESSION_NONE: _PageCompression.ValueType  # 1
+    """Not at all. The default."""
+    PAGE_COMPRESSION_ZSTD: _PageCompression.ValueType  # 2
+    """Zstandard (RFC 8878), each run a frame of its own."""
+
+class PageCompression(_PageCompression, metaclass=_PageCompressionEnumTypeWrapper):
+    """How runs of pages are compressed on the wire."""
+
+PAGE_COMPRESSION_UNSPECIFIED: PageCompression.ValueType  # 0
+PAGE_COMPRESSION_NONE: PageCompression.ValueType  # 1
+"""Not at all. The default."""
+PAGE_COMPRESSION_ZSTD: PageCompression.ValueType  # 2
+"""Zstandard (RFC 8878), each run a frame of its own."""
+Global___PageCompression: _TypeAlias = PageCompression  # noqa: Y015
 
 class _MigrationSide:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -620,6 +676,8 @@ class Migration(_message.Message):
     GUEST_TOUCHES_AT_SWITCHOVER_FIELD_NUMBER: _builtins.int
     HOLDER_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    COMPRESSION_FIELD_NUMBER: _builtins.int
     migration_id: _builtins.str
     side: Global___MigrationSide.ValueType
     guest: _builtins.str
@@ -646,6 +704,9 @@ class Migration(_message.Message):
     guest_touches_at_switchover: _builtins.int
     """guest_touches when the vCPUs stopped at the source."""
     holder: Global___GuestHolder.ValueType
+    generation: _builtins.int
+    """Dirty-log rounds so far; 0 in mode postcopy."""
+    compression: Global___PageCompression.ValueType
     @_builtins.property
     def pages(self) -> Global___PageCounts: ...
     @_builtins.property
@@ -685,10 +746,12 @@ class Migration(_message.Message):
         guest_touches_at_switchover: _builtins.int = ...,
         holder: Global___GuestHolder.ValueType = ...,
         error: Global___ErrorInfo | None = ...,
+        generation: _builtins.int = ...,
+        compression: Global___PageCompression.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "fault_latency_us", b"fault_latency_us", "guest_stall_us", b"guest_stall_us", "pages", b"pages"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_on_wire", b"bytes_on_wire", "downtime_us", b"downtime_us", "error", b"error", "fault_latency_us", b"fault_latency_us", "guest", b"guest", "guest_errors", b"guest_errors", "guest_kind", b"guest_kind", "guest_stall_us", b"guest_stall_us", "guest_touches", b"guest_touches", "guest_touches_at_switchover", b"guest_touches_at_switchover", "holder", b"holder", "memory_bytes", b"memory_bytes", "migration_id", b"migration_id", "mode", b"mode", "order", b"order", "page_size_bytes", b"page_size_bytes", "pages", b"pages", "peer", b"peer", "postcopy_us", b"postcopy_us", "precopy_us", b"precopy_us", "side", b"side", "state", b"state", "total_us", b"total_us", "transport", b"transport", "vcpus", b"vcpus", "verified_pages", b"verified_pages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_on_wire", b"bytes_on_wire", "compression", b"compression", "downtime_us", b"downtime_us", "error", b"error", "fault_latency_us", b"fault_latency_us", "generation", b"generation", "guest", b"guest", "guest_errors", b"guest_errors", "guest_kind", b"guest_kind", "guest_stall_us", b"guest_stall_us", "guest_touches", b"guest_touches", "guest_touches_at_switchover", b"guest_touches_at_switchover", "holder", b"holder", "memory_bytes", b"memory_bytes", "migration_id", b"migration_id", "mode", b"mode", "order", b"order", "page_size_bytes", b"page_size_bytes", "pages", b"pages", "peer", b"peer", "postcopy_us", b"postcopy_us", "precopy_us", b"precopy_us", "side", b"side", "state", b"state", "total_us", b"total_us", "transport", b"transport", "vcpus", b"vcpus", "verified_pages", b"verified_pages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

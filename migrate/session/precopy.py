@@ -1,0 +1,179 @@
+"""The source's side of a precopy: rounds of the dirty log, until it is time to switch over.
+
+A round takes the log out of the guest, raises the generation under which pages are served, and only then tells the
+destination which pages are stale. So whatever is served in the new generation was read after the log was taken, and
+has every write that the log noted.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+
+from migrate.errors import ChannelError, MigrateError, MigrationAbortedError
+from migrate.native.exports import Exports
+from migrate.session.convergence import Next, Round, Terms, next_step
+from migrate.session.ports import GuestPort, PeerPort
+from migrate.telemetry.clock import Clock
+from migrate.v1 import transfer_service_pb2 as transfer
+from migrate.v1 import types_pb2 as types
+
+_AWAIT_US = 100_000
+_SILENT_S = 5.0
+# A block of the bitmap without a bit is left out; what is left of others goes without its zeros.
+_BLOCK_BYTES = 4096
+# Well below what gRPC takes in a message.
+_REQUEST_BYTES_MAX = 1 << 20
+# Less than this says little about a link.
+_BANDWIDTH_SAMPLE_BYTES = 4 << 20
+
+
+class Precopy:
+    """One guest's rounds. Not thread-safe: the session's thread owns it.
+
+    Args:
+        migration_id: Names the migration.
+        guest: Which keeps the log.
+        peer: The destination.
+        exports: Where its pages are published, under the same id.
+        clock: Times the rounds.
+    """
+
+    def __init__(self, migration_id: str, guest: GuestPort, peer: PeerPort, exports: Exports, clock: Clock) -> None:
+        self._migration_id = migration_id
+        self._guest = guest
+        self._peer = peer
+        self._exports = exports
+        self._clock = clock
+        self._log_memfd: int | None = None
+        self._looked_us = clock.now_us()
+        self._rounds: list[Round] = []
+        self._bandwidth_bytes_per_s = 0.0
+        self._moved_bytes = 0  # in all waits so far
+        self.generation = 0
+
+    def begin(self) -> None:
+        """Start the log, then the destination's first pass over all pages; they are published already.
+
+        Raises:
+            MigrateError: the guest keeps no log, or the destination takes no part.
+        """
+        self._log_memfd = self._guest.start_dirty_log()
+        self._looked_us = self._clock.now_us()
+        self._next_generation()
+        self._invalidate([], fetch=True)
+
+    def run(self, terms: Terms, on_incoming: Callable[[types.Migration], None], is_forced: Callable[[], bool]) -> Next:
+        """Send rounds until the vCPUs should stop; say how, as SWITCH_WITH_ALL or SWITCH_WITH_REST.
+
+        Args:
+            terms: What the operator asked for.
+            on_incoming: Told, often, how far the destination is; what it raises ends the precopy.
+            is_forced: Whether the switchover shall come at once.
+
+        Raises:
+            MigrationAbortedError: it does not converge, the destination gave up, or is silent.
+        """
+        arrived = self._await_complete(on_incoming, is_forced)
+        while True:
+            stale = self.look()
+            step = next_step(terms, self._rounds, self._bandwidth_bytes_per_s) if arrived else Next.SWITCH_WITH_REST
+            if step is Next.GIVE_UP:
+                raise MigrationAbortedError(
+                    f"the guest writes {self._rounds[-1].dirty_pages_per_s:,.0f} pages a second, faster than they"
+                    " move: the rounds of the precopy do not shrink",
+                    remedy="allow a longer --downtime-limit, or --on-no-convergence postcopy",
+                )
+            fetch = step in (Next.ANOTHER_ROUND, Next.SWITCH_WITH_ALL)
+            self._invalidate(stale, fetch=fetch)
+            if fetch:
+                arrived = self._await_complete(on_incoming, is_forced)
+            elif is_forced():
+                arrived = False
+            if step is Next.SWITCH_WITH_ALL and arrived:
+                return step
+            if step is Next.SWITCH_WITH_REST:
+                return step
+
+    def last_round(self, *, fetch: bool) -> None:
+        """The vCPUs stand still: what they wrote since the last look is the last that can be stale."""
+        self._invalidate(self.look(), fetch=fetch)
+
+    def look(self) -> list[transfer.StalePages]:
+        """Take the log, raise the generation; what is stale now."""
+        dirty_pages = self._guest.sync_dirty_log()
+        now_us = self._clock.now_us()
+        self._rounds.append(Round(dirty_pages, now_us - self._looked_us))
+        self._looked_us = now_us
+        self._next_generation()
+        return list(self._stale_pages()) if dirty_pages else []
+
+    def end(self, *, guest_stays: bool) -> None:
+        """Let go of the log; end it in the guest too, if it stays."""
+        if self._log_memfd is None:
+            return
+        os.close(self._log_memfd)
+        self._log_memfd = None
+        if guest_stays:
+            # A guest that cannot be asked is about to be found dead by others, who say so.
+            with contextlib.suppress(MigrateError):
+                self._guest.stop_dirty_log()
+
+    # ---- parts ----
+
+    def _next_generation(self) -> None:
+        self.generation += 1
+        self._exports.set_generation(self._migration_id, self.generation)
+
+    def _stale_pages(self) -> Iterator[transfer.StalePages]:
+        if self._log_memfd is None:
+            return
+        size_bytes = os.fstat(self._log_memfd).st_size
+        for offset_bytes in range(0, size_bytes, _BLOCK_BYTES):
+            block = os.pread(self._log_memfd, _BLOCK_BYTES, offset_bytes)
+            bits = block.lstrip(b"\0")
+            if bits:
+                first_byte = offset_bytes + len(block) - len(bits)
+                yield transfer.StalePages(first_page=first_byte * 8, bitmap=bits.rstrip(b"\0"))
+
+    def _invalidate(self, stale: list[transfer.StalePages], *, fetch: bool) -> None:
+        request = transfer.InvalidateRequest(migration_id=self._migration_id, generation=self.generation)
+        request_bytes = 0
+        for part in stale:
+            if request_bytes + len(part.bitmap) > _REQUEST_BYTES_MAX:
+                self._peer.invalidate(request)
+                del request.stale[:]
+                request_bytes = 0
+            request.stale.append(part)
+            request_bytes += len(part.bitmap)
+        request.fetch = fetch
+        self._peer.invalidate(request)
+
+    def _await_complete(self, on_incoming: Callable[[types.Migration], None], is_forced: Callable[[], bool]) -> bool:
+        """Wait until all that may be fetched has arrived; False if the switchover was forced before."""
+        begun_us = heard_us = self._clock.now_us()
+        begun_bytes = self._moved_bytes
+        while not is_forced():
+            try:
+                incoming = self._peer.get_incoming(self._migration_id, _AWAIT_US)
+            except ChannelError as error:
+                if self._clock.now_us() - heard_us > _SILENT_S * 1_000_000:
+                    raise MigrationAbortedError(f"the destination was lost in precopy: {error.message}") from error
+                continue
+            heard_us = self._clock.now_us()
+            if incoming.state in (types.MIGRATION_STATE_FAILED, types.MIGRATION_STATE_CANCELLED):
+                raise MigrationAbortedError(f"the destination gave up in precopy: {incoming.error.message}")
+            on_incoming(incoming)
+            self._moved_bytes = incoming.bytes_on_wire
+            self._measure(self._moved_bytes - begun_bytes, heard_us - begun_us)
+            if missing_pages(incoming.pages) == 0:
+                return True
+        return False
+
+    def _measure(self, moved_bytes: int, duration_us: int) -> None:
+        if moved_bytes >= _BANDWIDTH_SAMPLE_BYTES or not self._bandwidth_bytes_per_s:
+            self._bandwidth_bytes_per_s = moved_bytes * 1_000_000 / max(1, duration_us)
+
+
+def missing_pages(pages: types.PageCounts) -> int:
+    """Pages that are not counted yet: each counts once when it arrives."""
+    return pages.total - pages.zero - pages.precopy - pages.urgent - pages.background
