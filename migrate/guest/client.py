@@ -61,9 +61,10 @@ class GuestClient:
         """
         return self._with_descriptor(pb.GuestRequest(start_dirty_log=pb.StartDirtyLogRequest()))[1]
 
-    def sync_dirty_log(self) -> int:
-        """Move what was noted into the log's memfd; how many pages that are."""
-        return self._plain(pb.GuestRequest(sync_dirty_log=pb.SyncDirtyLogRequest())).sync_dirty_log.dirty_pages
+    def sync_dirty_log(self, *, keep: bool = False) -> int:
+        """Move what was noted into the log's memfd; how many pages that are. With `keep`, it stays noted, too."""
+        request = pb.GuestRequest(sync_dirty_log=pb.SyncDirtyLogRequest(keep=keep))
+        return self._plain(request).sync_dirty_log.dirty_pages
 
     def stop_dirty_log(self) -> None:
         """Note nothing any more."""

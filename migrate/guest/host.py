@@ -247,8 +247,8 @@ class Guest:
                 self._dirty_log = (memfd, mmap.mmap(memfd, size_bytes))
             return self._dirty_log[0]
 
-    def sync_dirty_log(self) -> int:
-        """Move what was noted into the log's memfd; how many pages that are.
+    def sync_dirty_log(self, *, keep: bool) -> int:
+        """Move what was noted into the log's memfd; how many pages that are. With `keep`, it stays noted, too.
 
         Raises:
             GuestBusyError: no log was begun.
@@ -256,7 +256,7 @@ class Guest:
         with self._lock:
             if self._dirty_log is None:
                 raise GuestBusyError("no dirty log was begun")
-            return self._machine.sync_dirty_log(self._dirty_log[1])
+            return self._machine.sync_dirty_log(self._dirty_log[1], keep=keep)
 
     def stop_dirty_log(self) -> None:
         """Note nothing any more. Repeatable."""
@@ -350,8 +350,9 @@ def _start_dirty_log(guest: Guest, _: pb.GuestRequest) -> tuple[pb.GuestResponse
     return pb.GuestResponse(start_dirty_log=pb.StartDirtyLogResponse()), [guest.start_dirty_log()]
 
 
-def _sync_dirty_log(guest: Guest, _: pb.GuestRequest) -> tuple[pb.GuestResponse, list[int]]:
-    return pb.GuestResponse(sync_dirty_log=pb.SyncDirtyLogResponse(dirty_pages=guest.sync_dirty_log())), []
+def _sync_dirty_log(guest: Guest, request: pb.GuestRequest) -> tuple[pb.GuestResponse, list[int]]:
+    dirty_pages = guest.sync_dirty_log(keep=request.sync_dirty_log.keep)
+    return pb.GuestResponse(sync_dirty_log=pb.SyncDirtyLogResponse(dirty_pages=dirty_pages)), []
 
 
 def _statistics(guest: Guest, _: pb.GuestRequest) -> tuple[pb.GuestResponse, list[int]]:

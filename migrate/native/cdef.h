@@ -31,6 +31,7 @@ enum mig_page_kind { MIG_KIND_ZERO, MIG_KIND_URGENT, MIG_KIND_BACKGROUND, MIG_KI
 struct mig_pager_counters {
     uint64_t total_pages;
     uint64_t missing_pages;
+    uint64_t deferred_pages;
     uint64_t zero_pages;
     uint64_t precopy_pages;
     uint64_t urgent_pages;
@@ -58,8 +59,7 @@ void mig_pager_destroy(struct mig_pager *pager);
 void mig_pager_stop(struct mig_pager *pager);
 void mig_pager_begin_precopy(struct mig_pager *pager, int memfd, bool verify);
 int mig_pager_invalidate(struct mig_pager *pager, uint64_t generation, uint64_t first_page, uint64_t count_pages,
-                         const uint8_t *stale);
-void mig_pager_hold(struct mig_pager *pager, bool is_held);
+                         const uint8_t *stale, bool defer);
 void mig_pager_go_live(struct mig_pager *pager);
 bool mig_pager_is_complete(const struct mig_pager *pager);
 int mig_pager_start_fault_thread(struct mig_pager *pager);
@@ -293,7 +293,7 @@ void mig_machine_resume(struct mig_machine *machine);
 int mig_machine_pause(struct mig_machine *machine, uint64_t timeout_us);
 
 int mig_machine_start_dirty_log(struct mig_machine *machine);
-int64_t mig_machine_sync_dirty_log(struct mig_machine *machine, uint64_t *bitmap);
+int64_t mig_machine_sync_dirty_log(struct mig_machine *machine, uint64_t *bitmap, bool keep);
 int mig_machine_stop_dirty_log(struct mig_machine *machine);
 
 const char *mig_machine_failure(const struct mig_machine *machine);

@@ -140,7 +140,7 @@ int mig_machine_stop_dirty_log(struct mig_machine *machine)
     return log_dirty(machine, 0);
 }
 
-int64_t mig_machine_sync_dirty_log(struct mig_machine *machine, uint64_t *bitmap)
+int64_t mig_machine_sync_dirty_log(struct mig_machine *machine, uint64_t *bitmap, bool keep)
 {
     const uint64_t pages = mig_offset_page(machine->ram_bytes);
     struct kvm_dirty_log get = {.slot = RAM_SLOT, .dirty_bitmap = bitmap};
@@ -152,7 +152,7 @@ int64_t mig_machine_sync_dirty_log(struct mig_machine *machine, uint64_t *bitmap
     if (ioctl(machine->vm_fd, KVM_GET_DIRTY_LOG, &get) < 0)
         return -errno;
     /* A write in between is not logged again, and need not be: its page is read after this. */
-    if (machine->clears_dirty_log && ioctl(machine->vm_fd, KVM_CLEAR_DIRTY_LOG, &clear) < 0)
+    if (machine->clears_dirty_log && !keep && ioctl(machine->vm_fd, KVM_CLEAR_DIRTY_LOG, &clear) < 0)
         return -errno;
     for (uint64_t word = 0; word < (pages + 63) / 64; word++)
         count += __builtin_popcountll(bitmap[word]);

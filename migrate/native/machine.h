@@ -46,8 +46,9 @@ int mig_machine_start_dirty_log(struct mig_machine *machine);
 /**
  * Take out the log: `bitmap` (a bit for each page of RAM, in words of 64) gets the pages written since the last time.
  * A page that is read after this call has whatever was written before it. Returns how many there are, or -errno.
+ * With `keep`, the pages stay in the log: they are not watched again, which costs the vCPUs nothing.
  */
-int64_t mig_machine_sync_dirty_log(struct mig_machine *machine, uint64_t *bitmap);
+int64_t mig_machine_sync_dirty_log(struct mig_machine *machine, uint64_t *bitmap, bool keep);
 /** End it. Returns 0 or -errno. */
 int mig_machine_stop_dirty_log(struct mig_machine *machine);
 

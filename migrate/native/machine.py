@@ -130,10 +130,13 @@ class Machine:
         """
         _check_kvm("start the dirty log", lib.mig_machine_start_dirty_log(self._machine))
 
-    def sync_dirty_log(self, bitmap: Any) -> int:
-        """Move the pages written since the last time into a bitmap, a writable buffer; return how many there are."""
+    def sync_dirty_log(self, bitmap: Any, *, keep: bool = False) -> int:
+        """Move the pages written since the last time into a bitmap, a writable buffer; return how many there are.
+
+        With `keep`, they stay in the log, too.
+        """
         words = ffi.from_buffer("uint64_t[]", bitmap, require_writable=True)
-        return _check_kvm("read the dirty log", lib.mig_machine_sync_dirty_log(self._machine, words))
+        return _check_kvm("read the dirty log", lib.mig_machine_sync_dirty_log(self._machine, words, keep))
 
     def stop_dirty_log(self) -> None:
         """End it."""

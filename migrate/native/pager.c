@@ -88,7 +88,8 @@ uint64_t mig_no_longer_missing(struct mig_pager *pager, uint64_t first, uint64_t
 
     pager->counters.duplicate_pages += count - arrived;
     /* A release, so that whoever sees the end without the mutex sees all that led to it. */
-    if (!__atomic_sub_fetch(&pager->counters.missing_pages, arrived, __ATOMIC_RELEASE))
+    if (__atomic_sub_fetch(&pager->counters.missing_pages, arrived, __ATOMIC_RELEASE) ==
+        pager->counters.deferred_pages)
         wake_all(pager);
     return arrived;
 }
@@ -139,6 +140,7 @@ static void free_pager(struct mig_pager *pager)
     mig_bitmap_deinit(&pager->requested);
     mig_bitmap_deinit(&pager->known_zero);
     mig_bitmap_deinit(&pager->invalidated);
+    mig_bitmap_deinit(&pager->deferred);
     pthread_cond_destroy(&pager->faulted);
     pthread_cond_destroy(&pager->settled);
     pthread_mutex_destroy(&pager->mutex);
@@ -281,12 +283,10 @@ int mig_pager_give_back(struct mig_pager *pager, uint64_t first_page, uint64_t c
 
 uint32_t mig_pager_claim_run(struct mig_pager *pager, uint32_t max_pages, uint64_t *ret_first_page)
 {
-    uint32_t count = 0;
-
     *ret_first_page = 0;
     pthread_mutex_lock(&pager->mutex);
-    if (!pager->is_held)
-        count = mig_order_next(&pager->order, &pager->missing, &pager->requested, max_pages, ret_first_page);
+    const uint32_t count =
+        mig_order_next(&pager->order, &pager->missing, &pager->requested, max_pages, ret_first_page);
     mig_bitmap_set_range(&pager->requested, *ret_first_page, count);
     pthread_mutex_unlock(&pager->mutex);
     return count;
@@ -300,10 +300,12 @@ int mig_pager_wait_done(struct mig_pager *pager, uint64_t timeout_us)
     int rc;
 
     pthread_mutex_lock(&pager->mutex);
-    while (!(rc = verdict(pager)) && pager->counters.missing_pages && wait_until(pager, &pager->settled, deadline_ns))
+    const struct mig_pager_counters *counters = &pager->counters;
+    while (!(rc = verdict(pager)) && counters->missing_pages != counters->deferred_pages &&
+           wait_until(pager, &pager->settled, deadline_ns))
         ;
     if (!rc)
-        rc = pager->counters.missing_pages == 0;
+        rc = counters->missing_pages == counters->deferred_pages;
     pthread_mutex_unlock(&pager->mutex);
     return rc;
 }

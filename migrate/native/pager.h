@@ -36,6 +36,7 @@ enum mig_page_kind {
 struct mig_pager_counters {
     uint64_t total_pages;
     uint64_t missing_pages; /* neither present nor known to be zero */
+    uint64_t deferred_pages; /* of these, stale ones that are left until the guest is here */
     uint64_t zero_pages;
     uint64_t precopy_pages; /* came before the guest did, and are still good */
     uint64_t urgent_pages;
@@ -85,14 +86,15 @@ void mig_pager_begin_precopy(struct mig_pager *pager, int memfd, bool verify);
 /**
  * Pages of [first_page, first_page + count_pages) whose bit is set in `stale` (first_page's is the lowest of the first
  * byte) were written since they were read, if that was before `generation`: they are missing again.
+ *
+ * With `defer` they are neither asked for nor taken until the guest lives here, whatever generation a reply is of: its
+ * later writes may go unnoticed. Without it, all that was deferred may be asked for again.
+ *
  * Returns 0 or -errno: -EINVAL outside the region, -EPROTO if the generation is older than one before, or the guest
  * lives here already.
  */
 int mig_pager_invalidate(struct mig_pager *pager, uint64_t generation, uint64_t first_page, uint64_t count_pages,
-                         const uint8_t *stale);
-
-/** Whether the background may ask: pages that would be stale again are better left until the guest is here. */
-void mig_pager_hold(struct mig_pager *pager, bool is_held);
+                         const uint8_t *stale, bool defer);
 
 /** The guest is about to run here: pages are placed from now on, and no more can be invalidated. */
 void mig_pager_go_live(struct mig_pager *pager);
@@ -140,7 +142,7 @@ int mig_pager_place_data(struct mig_pager *pager, uint64_t generation, uint64_t 
 /** Learn that a run was zero in a generation; pages that somebody waits for are placed. Returns 0 or -errno. */
 int mig_pager_place_zero(struct mig_pager *pager, uint64_t generation, uint64_t first_page, uint64_t count_pages);
 
-/** Wait until no page is missing. Returns 1 when so, 0 after the timeout, -ECANCELED, or the fault thread's error. */
+/** Wait until no page is missing but those that are deferred. Returns 1 when so, 0 after the timeout, -ECANCELED, or the fault thread's error. */
 int mig_pager_wait_done(struct mig_pager *pager, uint64_t timeout_us);
 
 /** Read at any time, without a lock: each field is right by itself, and all together once no page is missing. */

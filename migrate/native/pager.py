@@ -34,6 +34,7 @@ class PagerCounters:
 
     total_pages: int
     missing_pages: int
+    deferred_pages: int
     zero_pages: int
     precopy_pages: int
     urgent_pages: int
@@ -136,10 +137,11 @@ class Pager:
         """Until `go_live`, write pages into a memfd, which stays the caller's: the region's memory, empty."""
         lib.mig_pager_begin_precopy(self._pager, memfd, verify)
 
-    def invalidate(self, generation: int, first_page: int, stale: bytes) -> None:
+    def invalidate(self, generation: int, first_page: int, stale: bytes, *, defer: bool = False) -> None:
         """Pages whose bit is set in `stale`, whose lowest bit is first_page's, were written before a generation.
 
-        What was read of them in an earlier one is dropped: they are missing again, and their memory is freed.
+        What was read of them in an earlier one is dropped: they are missing again, and their memory is freed. With
+        `defer`, nothing is taken of them until the guest lives here; without, all that was deferred is asked for again.
 
         Raises:
             RemoteProtocolError: outside the region, an older generation than before, or the guest lives here already.
@@ -147,14 +149,10 @@ class Pager:
         count_pages = min(len(stale) * 8, self.pages - first_page)
         if count_pages < 0 or any(stale[-(-count_pages // 8) :]):
             raise RemoteProtocolError(f"stale pages from {first_page} do not lie within the guest's {self.pages}")
-        rc = lib.mig_pager_invalidate(self._pager, generation, first_page, count_pages, ffi.from_buffer(stale))
+        rc = lib.mig_pager_invalidate(self._pager, generation, first_page, count_pages, ffi.from_buffer(stale), defer)
         if rc == -errno.EPROTO:
             raise RemoteProtocolError(f"pages cannot be invalidated by generation {generation} any more")
         _check_run(first_page, count_pages, rc)
-
-    def hold(self, *, is_held: bool) -> None:
-        """Whether the background stops asking: pages that would be stale again are better left for later."""
-        lib.mig_pager_hold(self._pager, is_held)
 
     def go_live(self) -> None:
         """The guest is about to run here: pages are placed from now on, and no more can be invalidated."""
@@ -231,7 +229,7 @@ class Pager:
         _check_run(first_page, count_pages, lib.mig_pager_place_zero(self._pager, generation, first_page, count_pages))
 
     def wait_done(self, timeout_us: int) -> bool:
-        """Wait until no page is missing; False after the timeout.
+        """Wait until no page is missing but those that are deferred; False after the timeout.
 
         Raises:
             PagerStoppedError: stopped.

@@ -46,7 +46,7 @@ struct mig_pager {
     struct mig_bitmap invalidated; /* ever; without words before the first time */
     uint64_t generation;           /* of the latest invalidation */
     bool is_live;                  /* the guest lives here */
-    bool is_held;                  /* the background asks for nothing */
+    struct mig_bitmap deferred;    /* missing, and counted as requested so that nobody asks for them */
     struct mig_order order;
     uint64_t *urgent; /* claimed by a fault, not yet taken: a stack would starve, so a queue */
     uint64_t urgent_head, urgent_tail, urgent_capacity;

@@ -16,41 +16,51 @@ void mig_pager_begin_precopy(struct mig_pager *pager, int memfd, bool verify)
     pthread_mutex_unlock(&pager->mutex);
 }
 
+/* Under the mutex. What was deferred may be asked for. */
+static void undefer(struct mig_pager *pager)
+{
+    if (!pager->counters.deferred_pages)
+        return;
+    for (uint64_t word = 0; word * 64 < pager->deferred.bits; word++) {
+        pager->requested.words[word] &= ~pager->deferred.words[word];
+        pager->deferred.words[word] = 0;
+    }
+    pager->counters.deferred_pages = 0;
+    mig_order_on_more(&pager->order, 0);
+}
+
 void mig_pager_go_live(struct mig_pager *pager)
 {
     pthread_mutex_lock(&pager->precopy_mutex); /* no write is under way */
     pthread_mutex_lock(&pager->mutex);
+    undefer(pager);
     __atomic_store_n(&pager->is_live, true, __ATOMIC_RELEASE);
-    pager->is_held = false;
     pager->memfd = -1;
     pthread_cond_broadcast(&pager->faulted);
     pthread_mutex_unlock(&pager->mutex);
     pthread_mutex_unlock(&pager->precopy_mutex);
 }
 
-void mig_pager_hold(struct mig_pager *pager, bool is_held)
-{
-    pthread_mutex_lock(&pager->mutex);
-    pager->is_held = is_held;
-    pthread_mutex_unlock(&pager->mutex);
-}
-
 /* ---- what a reply may bring ---- */
 
 uint64_t mig_next_fresh(struct mig_pager *pager, uint64_t generation, uint64_t *page, uint64_t end)
 {
-    if (generation >= pager->generation || !pager->invalidated.words)
-        return end - *page;
+    const bool is_old = generation < pager->generation && pager->invalidated.words;
+    const struct mig_bitmap *stale = is_old ? &pager->invalidated : &pager->deferred;
     const uint64_t first = *page;
-    const uint64_t fresh = mig_bitmap_next_clear(&pager->invalidated, first);
+
+    if (!is_old && !pager->counters.deferred_pages)
+        return end - first;
+    const uint64_t fresh = mig_bitmap_next_clear(stale, first);
     *page = fresh < end ? fresh : end;
-    if (*page > first) {
-        pager->counters.stale_pages += *page - first;
-        mig_bitmap_clear_range(&pager->requested, first, *page - first);
+    pager->counters.stale_pages += *page - first;
+    for (uint64_t dropped = first; dropped < *page; dropped++)
+        if (!pager->counters.deferred_pages || !mig_bitmap_test(&pager->deferred, dropped))
+            mig_bitmap_clear_range(&pager->requested, dropped, 1);
+    if (*page > first)
         mig_order_on_more(&pager->order, first);
-    }
-    const uint64_t stale = mig_bitmap_next_set(&pager->invalidated, *page);
-    return (stale < end ? stale : end) - *page;
+    const uint64_t next = mig_bitmap_next_set(stale, *page);
+    return (next < end ? next : end) - *page;
 }
 
 static int write_pages(int memfd, uint64_t first_page, uint64_t count_pages, const char *data)
@@ -111,12 +121,17 @@ static bool is_stale(const uint8_t *stale, uint64_t index)
 }
 
 /* Under the mutex. One page is missing again. Returns whether it occupied memory. */
-static bool lose_page(struct mig_pager *pager, uint64_t page)
+static bool lose_page(struct mig_pager *pager, uint64_t page, bool defer)
 {
     bool was_data = false;
 
     mig_bitmap_set_range(&pager->invalidated, page, 1);
-    mig_bitmap_clear_range(&pager->requested, page, 1);
+    if (defer) {
+        mig_bitmap_set_range(&pager->requested, page, 1);
+        pager->counters.deferred_pages += mig_bitmap_set_range(&pager->deferred, page, 1);
+    } else {
+        mig_bitmap_clear_range(&pager->requested, page, 1);
+    }
     if (mig_bitmap_set_range(&pager->missing, page, 1)) {
         pager->counters.missing_pages++;
         was_data = !mig_bitmap_clear_range(&pager->known_zero, page, 1);
@@ -153,7 +168,8 @@ static int punch(const struct mig_pager *pager, uint64_t first, uint64_t end)
 }
 
 /* Under the precopy mutex. */
-static int invalidate(struct mig_pager *pager, uint64_t first_page, uint64_t count_pages, const uint8_t *stale)
+static int invalidate(struct mig_pager *pager, uint64_t first_page, uint64_t count_pages, const uint8_t *stale,
+                      bool defer)
 {
     uint64_t punch_first = 0, punch_end = 0;
     int rc = 0;
@@ -167,7 +183,7 @@ static int invalidate(struct mig_pager *pager, uint64_t first_page, uint64_t cou
             continue;
         const uint64_t page = first_page + i;
         pthread_mutex_lock(&pager->mutex);
-        const bool was_data = lose_page(pager, page);
+        const bool was_data = lose_page(pager, page, defer);
         /* Pages that are missing are holes: a range may go on across them, and costs as much as a page. */
         const uint64_t reach = mig_bitmap_next_clear(&pager->missing, punch_end);
         pthread_mutex_unlock(&pager->mutex);
@@ -185,7 +201,7 @@ static int invalidate(struct mig_pager *pager, uint64_t first_page, uint64_t cou
 }
 
 int mig_pager_invalidate(struct mig_pager *pager, uint64_t generation, uint64_t first_page, uint64_t count_pages,
-                         const uint8_t *stale)
+                         const uint8_t *stale, bool defer)
 {
     int rc = 0;
 
@@ -197,13 +213,20 @@ int mig_pager_invalidate(struct mig_pager *pager, uint64_t generation, uint64_t 
         rc = -EPROTO;
     if (rc == 0 && !pager->invalidated.words)
         rc = mig_bitmap_init(&pager->invalidated, pager->missing.bits);
-    if (rc == 0)
+    if (rc == 0 && !pager->deferred.words)
+        rc = mig_bitmap_init(&pager->deferred, pager->missing.bits);
+    if (rc == 0) {
         pager->generation = generation;
+        if (!defer)
+            undefer(pager);
+    }
     pthread_mutex_unlock(&pager->mutex);
     if (rc == 0)
-        rc = invalidate(pager, first_page, count_pages, stale);
+        rc = invalidate(pager, first_page, count_pages, stale, defer);
     pthread_mutex_lock(&pager->mutex);
     mig_order_on_more(&pager->order, first_page);
+    if (pager->counters.missing_pages == pager->counters.deferred_pages)
+        pthread_cond_broadcast(&pager->settled); /* nothing is left that may come before the guest */
     pthread_mutex_unlock(&pager->mutex);
     pthread_mutex_unlock(&pager->precopy_mutex);
     return rc;

@@ -171,11 +171,8 @@ class DestinationSession:
                     f"pages cannot be invalidated in state {self.record.state.name}", holder=self.record.holder
                 )
             self.record.on(Event.INVALIDATED)
-            pager.hold(is_held=not request.fetch)
-            for part in request.stale:
-                pager.invalidate(request.generation, part.first_page, part.bitmap)
-            if not request.stale:
-                pager.invalidate(request.generation, 0, b"")
+            for part in request.stale or [transfer.StalePages()]:
+                pager.invalidate(request.generation, part.first_page, part.bitmap, defer=not request.fetch)
             self.record.update(lambda migration: _note_generation(migration, request.generation))
             if not self._is_fetching:
                 self._start_fetching(pager)
@@ -369,6 +366,7 @@ class DestinationSession:
             migration.pages.background = counters.background_pages
             migration.pages.duplicate = counters.duplicate_pages
             migration.pages.stale = counters.stale_pages
+            migration.deferred_pages = counters.deferred_pages
             migration.bytes_on_wire = self._fetcher.wire_bytes
 
         self.record.update(change)

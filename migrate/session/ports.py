@@ -41,8 +41,8 @@ class GuestPort(Protocol):
         """Note the pages that are written from now on; the memfd of the log, which the caller closes."""
         ...
 
-    def sync_dirty_log(self) -> int:
-        """Move what was noted into the log's memfd; how many pages that are."""
+    def sync_dirty_log(self, *, keep: bool = False) -> int:
+        """Move what was noted into the log's memfd; how many pages that are. With `keep`, it stays noted, too."""
         ...
 
     def stop_dirty_log(self) -> None:

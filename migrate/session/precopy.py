@@ -3,6 +3,10 @@
 A round takes the log out of the guest, raises the generation under which pages are served, and only then tells the
 destination which pages are stale. So whatever is served in the new generation was read after the log was taken, and
 has every write that the log noted.
+
+Where stale pages are left for postcopy (mode hybrid), the log is looked at during the pass, too: what the guest has
+written already, it writes again, and need not be sent before it is there. Such pages stay in the log, so that each
+costs the guest one write fault and no more.
 """
 
 import contextlib
@@ -18,6 +22,7 @@ from migrate.v1 import transfer_service_pb2 as transfer
 from migrate.v1 import types_pb2 as types
 
 _AWAIT_US = 100_000
+_AWAIT_LOOKING_US = 50_000
 _SILENT_S = 5.0
 # A block of the bitmap without a bit is left out; what is left of others goes without its zeros.
 _BLOCK_BYTES = 4096
@@ -36,14 +41,20 @@ class Precopy:
         peer: The destination.
         exports: Where its pages are published, under the same id.
         clock: Times the rounds.
+        terms: What the operator asked for.
     """
 
-    def __init__(self, migration_id: str, guest: GuestPort, peer: PeerPort, exports: Exports, clock: Clock) -> None:
+    def __init__(
+        self, migration_id: str, guest: GuestPort, peer: PeerPort, exports: Exports, clock: Clock, terms: Terms
+    ) -> None:
         self._migration_id = migration_id
         self._guest = guest
         self._peer = peer
         self._exports = exports
         self._clock = clock
+        self._terms = terms
+        self._defers = terms.mode == types.MIGRATION_MODE_HYBRID
+        self._told: dict[int, int] = {}  # where pages stay in the log: each block of it, as it was told last
         self._log_memfd: int | None = None
         self._looked_us = clock.now_us()
         self._rounds: list[Round] = []
@@ -62,11 +73,10 @@ class Precopy:
         self._next_generation()
         self._invalidate([], fetch=True)
 
-    def run(self, terms: Terms, on_incoming: Callable[[types.Migration], None], is_forced: Callable[[], bool]) -> Next:
+    def run(self, on_incoming: Callable[[types.Migration], None], is_forced: Callable[[], bool]) -> Next:
         """Send rounds until the vCPUs should stop; say how, as SWITCH_WITH_ALL or SWITCH_WITH_REST.
 
         Args:
-            terms: What the operator asked for.
             on_incoming: Told, often, how far the destination is; what it raises ends the precopy.
             is_forced: Whether the switchover shall come at once.
 
@@ -75,8 +85,12 @@ class Precopy:
         """
         arrived = self._await_complete(on_incoming, is_forced)
         while True:
-            stale = self.look()
-            step = next_step(terms, self._rounds, self._bandwidth_bytes_per_s) if arrived else Next.SWITCH_WITH_REST
+            began_us = self._looked_us
+            stale, dirty_pages = self._look()
+            self._rounds.append(Round(dirty_pages, self._looked_us - began_us))
+            step = (
+                next_step(self._terms, self._rounds, self._bandwidth_bytes_per_s) if arrived else Next.SWITCH_WITH_REST
+            )
             if step is Next.GIVE_UP:
                 raise MigrationAbortedError(
                     f"the guest writes {self._rounds[-1].dirty_pages_per_s:,.0f} pages a second, faster than they"
@@ -96,16 +110,7 @@ class Precopy:
 
     def last_round(self, *, fetch: bool) -> None:
         """The vCPUs stand still: what they wrote since the last look is the last that can be stale."""
-        self._invalidate(self.look(), fetch=fetch)
-
-    def look(self) -> list[transfer.StalePages]:
-        """Take the log, raise the generation; what is stale now."""
-        dirty_pages = self._guest.sync_dirty_log()
-        now_us = self._clock.now_us()
-        self._rounds.append(Round(dirty_pages, now_us - self._looked_us))
-        self._looked_us = now_us
-        self._next_generation()
-        return list(self._stale_pages()) if dirty_pages else []
+        self._invalidate(self._look()[0], fetch=fetch)
 
     def end(self, *, guest_stays: bool) -> None:
         """Let go of the log; end it in the guest too, if it stays."""
@@ -124,16 +129,36 @@ class Precopy:
         self.generation += 1
         self._exports.set_generation(self._migration_id, self.generation)
 
+    def _look(self) -> tuple[list[transfer.StalePages], int]:
+        """Take the log, raise the generation; what has become stale, and how many pages that is."""
+        dirty_pages = self._guest.sync_dirty_log(keep=self._defers)
+        self._looked_us = self._clock.now_us()
+        self._next_generation()
+        stale = list(self._stale_pages()) if dirty_pages else []
+        if self._defers:
+            dirty_pages = sum(int.from_bytes(part.bitmap).bit_count() for part in stale)
+        return stale, dirty_pages
+
     def _stale_pages(self) -> Iterator[transfer.StalePages]:
         if self._log_memfd is None:
             return
         size_bytes = os.fstat(self._log_memfd).st_size
         for offset_bytes in range(0, size_bytes, _BLOCK_BYTES):
-            block = os.pread(self._log_memfd, _BLOCK_BYTES, offset_bytes)
+            block = self._untold(os.pread(self._log_memfd, _BLOCK_BYTES, offset_bytes), offset_bytes)
             bits = block.lstrip(b"\0")
             if bits:
                 first_byte = offset_bytes + len(block) - len(bits)
                 yield transfer.StalePages(first_page=first_byte * 8, bitmap=bits.rstrip(b"\0"))
+
+    def _untold(self, block: bytes, offset_bytes: int) -> bytes:
+        """A block of the log without the pages that the destination leaves for later already."""
+        if not self._defers:
+            return block
+        written = int.from_bytes(block)
+        told = self._told.get(offset_bytes, 0)
+        if written:
+            self._told[offset_bytes] = written | told
+        return (written & ~told).to_bytes(len(block))
 
     def _invalidate(self, stale: list[transfer.StalePages], *, fetch: bool) -> None:
         request = transfer.InvalidateRequest(migration_id=self._migration_id, generation=self.generation)
@@ -149,12 +174,13 @@ class Precopy:
         self._peer.invalidate(request)
 
     def _await_complete(self, on_incoming: Callable[[types.Migration], None], is_forced: Callable[[], bool]) -> bool:
-        """Wait until all that may be fetched has arrived; False if the switchover was forced before."""
+        """Wait until all that may be fetched by now has arrived; False if the switchover was forced before."""
         begun_us = heard_us = self._clock.now_us()
         begun_bytes = self._moved_bytes
+        await_us = _AWAIT_LOOKING_US if self._defers else _AWAIT_US
         while not is_forced():
             try:
-                incoming = self._peer.get_incoming(self._migration_id, _AWAIT_US)
+                incoming = self._peer.get_incoming(self._migration_id, await_us)
             except ChannelError as error:
                 if self._clock.now_us() - heard_us > _SILENT_S * 1_000_000:
                     raise MigrationAbortedError(f"the destination was lost in precopy: {error.message}") from error
@@ -165,8 +191,10 @@ class Precopy:
             on_incoming(incoming)
             self._moved_bytes = incoming.bytes_on_wire
             self._measure(self._moved_bytes - begun_bytes, heard_us - begun_us)
-            if missing_pages(incoming.pages) == 0:
+            if missing_pages(incoming.pages) == incoming.deferred_pages:
                 return True
+            if self._defers:
+                self._invalidate(self._look()[0], fetch=False)
         return False
 
     def _measure(self, moved_bytes: int, duration_us: int) -> None:

@@ -224,9 +224,11 @@ class SourceSession:
         if self._request.verify:
             self._source.digest_replies()
         self._publish()
-        self._precopy = Precopy(self.record.migration_id, self._guest, self._peer, self._exports, self._clock)
+        self._precopy = Precopy(
+            self.record.migration_id, self._guest, self._peer, self._exports, self._clock, self._terms
+        )
         self._precopy.begin()
-        return self._precopy.run(self._terms, self._follow_precopy, self._forced.is_set)
+        return self._precopy.run(self._follow_precopy, self._forced.is_set)
 
     def _follow_precopy(self, incoming: types.Migration) -> None:
         """Take over figures; raise what ends the precopy from here."""

@@ -541,12 +541,17 @@ class SyncDirtyLogRequest(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    KEEP_FIELD_NUMBER: _builtins.int
+    keep: _builtins.bool
+    """Leave them in the log as well: they are not watched again, and stay in every answer."""
     def __init__(
         self,
+        *,
+        keep: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["keep", b"keep"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -146,7 +146,7 @@ class InvalidateRequest(_message.Message):
     generation: _builtins.int
     """Number of the round. Bytes that were read in an earlier one are no good for these pages."""
     fetch: _builtins.bool
-    """Whether to fetch what is missing now, or to leave it until the guest is here."""
+    """Whether stale pages are fetched again now, or left until the guest is here: later writes to them are not told then."""
     @_builtins.property
     def stale(self) -> _containers.RepeatedCompositeFieldContainer[Global___StalePages]: ...
     def __init__(

@@ -678,6 +678,7 @@ class Migration(_message.Message):
     ERROR_FIELD_NUMBER: _builtins.int
     GENERATION_FIELD_NUMBER: _builtins.int
     COMPRESSION_FIELD_NUMBER: _builtins.int
+    DEFERRED_PAGES_FIELD_NUMBER: _builtins.int
     migration_id: _builtins.str
     side: Global___MigrationSide.ValueType
     guest: _builtins.str
@@ -707,6 +708,8 @@ class Migration(_message.Message):
     generation: _builtins.int
     """Dirty-log rounds so far; 0 in mode postcopy."""
     compression: Global___PageCompression.ValueType
+    deferred_pages: _builtins.int
+    """Before the switchover: stale pages that are left until the guest is at the destination."""
     @_builtins.property
     def pages(self) -> Global___PageCounts: ...
     @_builtins.property
@@ -748,10 +751,11 @@ class Migration(_message.Message):
         error: Global___ErrorInfo | None = ...,
         generation: _builtins.int = ...,
         compression: Global___PageCompression.ValueType = ...,
+        deferred_pages: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "fault_latency_us", b"fault_latency_us", "guest_stall_us", b"guest_stall_us", "pages", b"pages"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_on_wire", b"bytes_on_wire", "compression", b"compression", "downtime_us", b"downtime_us", "error", b"error", "fault_latency_us", b"fault_latency_us", "generation", b"generation", "guest", b"guest", "guest_errors", b"guest_errors", "guest_kind", b"guest_kind", "guest_stall_us", b"guest_stall_us", "guest_touches", b"guest_touches", "guest_touches_at_switchover", b"guest_touches_at_switchover", "holder", b"holder", "memory_bytes", b"memory_bytes", "migration_id", b"migration_id", "mode", b"mode", "order", b"order", "page_size_bytes", b"page_size_bytes", "pages", b"pages", "peer", b"peer", "postcopy_us", b"postcopy_us", "precopy_us", b"precopy_us", "side", b"side", "state", b"state", "total_us", b"total_us", "transport", b"transport", "vcpus", b"vcpus", "verified_pages", b"verified_pages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_on_wire", b"bytes_on_wire", "compression", b"compression", "deferred_pages", b"deferred_pages", "downtime_us", b"downtime_us", "error", b"error", "fault_latency_us", b"fault_latency_us", "generation", b"generation", "guest", b"guest", "guest_errors", b"guest_errors", "guest_kind", b"guest_kind", "guest_stall_us", b"guest_stall_us", "guest_touches", b"guest_touches", "guest_touches_at_switchover", b"guest_touches_at_switchover", "holder", b"holder", "memory_bytes", b"memory_bytes", "migration_id", b"migration_id", "mode", b"mode", "order", b"order", "page_size_bytes", b"page_size_bytes", "pages", b"pages", "peer", b"peer", "postcopy_us", b"postcopy_us", "precopy_us", b"precopy_us", "side", b"side", "state", b"state", "total_us", b"total_us", "transport", b"transport", "vcpus", b"vcpus", "verified_pages", b"verified_pages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
