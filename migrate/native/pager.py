@@ -147,7 +147,7 @@ class Pager:
             RemoteProtocolError: outside the region, an older generation than before, or the guest lives here already.
         """
         count_pages = min(len(stale) * 8, self.pages - first_page)
-        if count_pages < 0 or any(stale[-(-count_pages // 8) :]):
+        if count_pages < 0 or int.from_bytes(stale[count_pages // 8 :], "little") >> count_pages % 8:
             raise RemoteProtocolError(f"stale pages from {first_page} do not lie within the guest's {self.pages}")
         rc = lib.mig_pager_invalidate(self._pager, generation, first_page, count_pages, ffi.from_buffer(stale), defer)
         if rc == -errno.EPROTO:
