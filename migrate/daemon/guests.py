@@ -20,15 +20,19 @@ from migrate.telemetry.host import available_bytes
 from migrate.units import format_bytes
 from migrate.v1 import types_pb2 as types
 
+# Freeing the RAM of a large guest takes a while.
+_LEAVE_S = 10.0
+
 
 @dataclass(slots=True)
 class HostedGuest:
-    """One guest process and our connection to it."""
+    """One guest process and our connection to it; `is_leaving` once its end has begun, which frees the name last."""
 
     spec: types.GuestSpec
     process: GuestProcess
     client: GuestClient
     migration_id: str = ""
+    is_leaving: bool = False
 
 
 class GuestRegistry:
@@ -43,6 +47,7 @@ class GuestRegistry:
         self._guests: dict[str, HostedGuest] = {}
         self._reserved: set[str] = set()
         self._lock = threading.Lock()
+        self._left = threading.Condition(self._lock)
 
     def create(self, spec: types.GuestSpec) -> types.Guest:
         """Start a guest of this host.
@@ -81,14 +86,14 @@ class GuestRegistry:
         """
         with self._lock:
             guest = self._guests.get(name)
-        if guest is None:
+        if guest is None or guest.is_leaving:
             raise NotFoundError(f"no guest named {name!r} is on this host", remedy="see `migrate guest list`")
         return guest
 
     def list(self) -> list[types.Guest]:
         """All guests, by name. One that just died is left out."""
         with self._lock:
-            guests = [self._guests[name] for name in sorted(self._guests)]
+            guests = [self._guests[name] for name in sorted(self._guests) if not self._guests[name].is_leaving]
         listed = []
         for guest in guests:
             try:
@@ -142,11 +147,14 @@ class GuestRegistry:
 
     def remove(self, guest: HostedGuest) -> None:
         """End a guest, free its RAM and its name."""
+        with self._lock:
+            guest.is_leaving = True
         guest.client.close()
         guest.process.kill()
-        with self._lock:
+        with self._left:
             if self._guests.get(guest.spec.name) is guest:
                 del self._guests[guest.spec.name]
+            self._left.notify_all()
 
     def close(self) -> None:
         """End all guests."""
@@ -159,7 +167,9 @@ class GuestRegistry:
         self, spec: types.GuestSpec, start_from: types.GuestSpec | types.GuestDescription, migration_id: str
     ) -> HostedGuest:
         socket_path = self._socket_dir / f"{spec.name}.sock"
-        with self._lock:
+        with self._left:
+            # Nobody sees a guest that leaves, so its name must not seem to be taken: it may be on its way back already.
+            self._left.wait_for(lambda: not self._is_leaving(spec.name), _LEAVE_S)
             if spec.name in self._guests or spec.name in self._reserved:
                 raise AlreadyExistsError(f"a guest named {spec.name!r} is on this host already")
             self._reserved.add(spec.name)
@@ -177,6 +187,10 @@ class GuestRegistry:
         finally:
             with self._lock:
                 self._reserved.discard(spec.name)
+
+    def _is_leaving(self, name: str) -> bool:
+        guest = self._guests.get(name)
+        return guest is not None and guest.is_leaving
 
 
 def _check_free(guest: HostedGuest) -> None:
