@@ -105,6 +105,7 @@ class SourceSession:
         self._forced = threading.Event()
         self._precopy: Precopy | None = None
         self._is_published = False
+        self._paused_us = 0
         self._memfds: list[int] = []
         self._source: PageSource | None = None
         self.record = MigrationRecord(
@@ -184,7 +185,7 @@ class SourceSession:
                 return
             if self.record.state is State.SWITCHOVER:
                 # The guest has run and finished there before our call returned: END says both.
-                self.record.on(Event.RUNNING)
+                self._note_running()
             if not self.record.can(Event.END):
                 raise GuestBusyError(f"END makes no sense in state {self.record.state.name}", holder=self.record.holder)
             self.record.update(lambda migration: _merge(migration, destination))
@@ -259,7 +260,7 @@ class SourceSession:
             raise LocalProtocolError("switchover before prepare")
         self._advance(Event.PREPARED if self._precopy is None else Event.SWITCHOVER)
         with_all = how is Next.SWITCH_WITH_ALL
-        paused_us = self._clock.now_us()
+        self._paused_us = self._clock.now_us()
         self._guest.pause()
         if self._precopy is not None:
             self._precopy.last_round(fetch=with_all)
@@ -283,10 +284,14 @@ class SourceSession:
             self.record.note_error(error)
             if not self._learn_whether_it_runs(error):
                 return
-        downtime_us = self._clock.now_us() - paused_us
+        self._note_running()
+
+    def _note_running(self) -> None:
+        """The answer to Switchover or END came, whichever is first: the vCPUs run there."""
         with self.record.lock:
-            self.record.update(lambda migration: _note_downtime(migration, downtime_us))
             if self.record.state is State.SWITCHOVER:
+                downtime_us = self._clock.now_us() - self._paused_us
+                self.record.update(lambda migration: _note_downtime(migration, downtime_us))
                 self.record.on(Event.RUNNING)
 
     def _learn_whether_it_runs(self, lost: MigrateError) -> bool:
