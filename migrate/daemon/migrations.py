@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Callable
 
 from migrate.config import Endpoint
-from migrate.daemon.guests import GuestRegistry, HostedGuest
+from migrate.daemon.guests import GuestRegistry
 from migrate.daemon.peer import GrpcPeer
 from migrate.errors import AlreadyExistsError, ConfigError, GuestHolder, NotFoundError
 from migrate.native.exports import Exports
@@ -75,11 +75,12 @@ class MigrationRegistry:
             control_endpoint=self.control_endpoint,
             clock=self._clock,
             on_guest_left=lambda: self._guests.remove(guest),
+            on_guest_stays=lambda: self._guests.release(guest),
         )
         with self._lock:
             self._sources[migration_id] = session
             self._records[migration_id] = session.record
-        self._spawn(f"source-{migration_id}", lambda: self._run_source(session, guest))
+        self._spawn(f"source-{migration_id}", session.run)
         return migration_id
 
     def complete(self, request: transfer.CompleteRequest) -> None:
@@ -230,13 +231,6 @@ class MigrationRegistry:
         if session is None:
             raise _unknown(migration_id)
         return session
-
-    def _run_source(self, session: SourceSession, guest: HostedGuest) -> None:
-        try:
-            session.run()
-        finally:
-            if session.record.holder is GuestHolder.SOURCE and session.record.is_final:
-                self._guests.release(guest)
 
     def _build_twin(self, description: types.GuestDescription, migration_id: str) -> Twin:
         guest = self._guests.create_incoming(description, migration_id)

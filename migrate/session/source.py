@@ -69,6 +69,7 @@ class SourceSession:
         control_endpoint: Our TransferService, likewise.
         clock: Times it all.
         on_guest_left: Called once END is acknowledged; frees the guest and its RAM.
+        on_guest_stays: Called before the migration is seen to have failed or to be cancelled; unlocks the guest.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class SourceSession:
         control_endpoint: Endpoint,
         clock: Clock,
         on_guest_left: Callable[[], None],
+        on_guest_stays: Callable[[], None],
     ) -> None:
         mode = choose_mode(request.mode, kind)
         check_terms(mode, request.order)
@@ -100,6 +102,7 @@ class SourceSession:
         self._control_endpoint = control_endpoint
         self._clock = clock
         self._on_guest_left = on_guest_left
+        self._on_guest_stays = on_guest_stays
         self._token = secrets.token_urlsafe(32)
         self._stopping = threading.Event()
         self._forced = threading.Event()
@@ -362,10 +365,19 @@ class SourceSession:
         """Cancelled: the guest never stopped, and the destination lets go of what it has."""
         if self._precopy is not None:
             self._precopy.end(guest_stays=True)
+        self._keep_guest(MigrationAbortedError("cancelled by the operator"))
+
+    def _keep_guest(self, error: MigrateError) -> None:
+        """The guest runs here. Once that is seen, it can be moved again at once, to the same destination, too."""
         with contextlib.suppress(MigrateError):
             # If it cannot be reached, it will find us silent, and undo the same by itself.
-            self._peer.abort(self.record.migration_id, "cancelled by the operator")
-        self.record.on(Event.UNDONE)
+            self._peer.abort(self.record.migration_id, error.message)
+        self._on_guest_stays()
+        with self.record.lock:
+            if self.record.state is State.CANCELLING:
+                self.record.on(Event.UNDONE)
+            else:
+                self.record.on(Event.REFUSED, error)
 
     def _stop_precopy(self, *, guest_stays: bool) -> None:
         self._exports.withdraw(self.record.migration_id)
@@ -392,12 +404,7 @@ class SourceSession:
             except MigrateError as resume_error:
                 self.record.on(Event.GUEST_LOST, GuestLostError(f"{error.message}; then {resume_error.message}"))
                 return
-        self.record.on(Event.REFUSED, error)
-        try:
-            self._peer.abort(self.record.migration_id, error.message)
-        except MigrateError:
-            # It refused, or cannot be reached: its own deadline undoes what it prepared.
-            return
+        self._keep_guest(error)
 
     def _release(self) -> None:
         self._stop_precopy(guest_stays=False)
