@@ -93,14 +93,14 @@ void mig_order_on_more(struct mig_order *order, uint64_t first_page);
 uint32_t mig_order_next(struct mig_order *order, const struct mig_bitmap *missing, const struct mig_bitmap *requested,
                         uint32_t max_pages, uint64_t *ret_first_page);
 
-/* ---- the page call: wire.h, reply_order.h, pacing.h, exports.h, pageserver.h, fetch.h ---- */
+/* ---- the page call: wire.h, compress.h, reply_order.h, pacing.h, exports.h, pageserver.h, fetch.h ---- */
 struct mig_fetch_request {
     uint64_t request_id;
     uint32_t region;
     uint64_t first_page;
     uint32_t page_count;
 };
-enum mig_content { MIG_CONTENT_NONE, MIG_CONTENT_DATA, MIG_CONTENT_ZERO };
+enum mig_content { MIG_CONTENT_NONE, MIG_CONTENT_DATA, MIG_CONTENT_ZERO, MIG_CONTENT_COMPRESSED };
 struct mig_fetch_response {
     uint64_t request_id;
     uint32_t region;
@@ -109,6 +109,7 @@ struct mig_fetch_response {
     uint64_t generation;
     uint64_t digest;
     enum mig_content content;
+    int32_t compression;
     const uint8_t *data;
     uint64_t data_bytes;
 };
@@ -117,6 +118,18 @@ size_t mig_wire_encode_request(const struct mig_fetch_request *request, uint8_t 
 size_t mig_wire_encode_response(const struct mig_fetch_response *response, uint8_t *header);
 int mig_wire_decode_request(const uint8_t *message, size_t message_bytes, struct mig_fetch_request *ret);
 int mig_wire_decode_response(const uint8_t *message, size_t message_bytes, struct mig_fetch_response *ret);
+
+enum mig_compression { MIG_COMPRESSION_UNSPECIFIED, MIG_COMPRESSION_NONE, MIG_COMPRESSION_ZSTD };
+struct mig_compressor;
+struct mig_decompressor;
+int mig_compressor_create(struct mig_compressor **ret);
+void mig_compressor_destroy(struct mig_compressor *compressor);
+uint32_t mig_compress_run(struct mig_compressor *compressor, uint8_t *pages, uint64_t count_pages);
+int mig_decompressor_create(struct mig_decompressor **ret);
+void mig_decompressor_destroy(struct mig_decompressor *decompressor);
+int mig_decompress_run(struct mig_decompressor *decompressor, const uint8_t *data, uint64_t data_bytes,
+                       uint64_t count_pages, const uint8_t **ret_pages);
+const char *mig_decompressor_flaw(const struct mig_decompressor *decompressor);
 
 struct mig_asked {
     uint64_t request_id;

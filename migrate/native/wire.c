@@ -9,7 +9,9 @@ enum { GROUP_DEPTH_MAX = 99, VARINT_BYTES_MAX = 10, TAG_BYTES_MAX = 5 }; /* prot
 static const uint64_t FIELD_MAX = (1u << 29) - 1;
 
 /* Field numbers of page_service.proto; the first four are those of both messages. */
-enum { REQUEST_ID = 1, REGION = 2, FIRST_PAGE = 3, PAGE_COUNT = 4, GENERATION = 5, DATA = 6, ZERO = 7, DIGEST = 9 };
+enum { REQUEST_ID = 1, REGION = 2, FIRST_PAGE = 3, PAGE_COUNT = 4, GENERATION = 5, DIGEST = 9 };
+enum { DATA = 6, ZERO = 7, COMPRESSED = 8 }; /* the oneof */
+enum { COMPRESSION = 1, COMPRESSED_DATA = 2, COMPRESSED_HEADER_BYTES_MAX = 17 };
 
 /* ---- writing ---- */
 
@@ -27,6 +29,21 @@ static uint8_t *put_number(uint8_t *at, unsigned field, uint64_t value)
         return at;
     *at++ = (uint8_t)(field << 3 | VARINT);
     return put_varint(at, value);
+}
+
+/* A Compressed, up to its data, which follows. */
+static uint8_t *put_compressed(uint8_t *at, const struct mig_fetch_response *response)
+{
+    uint8_t inner[COMPRESSED_HEADER_BYTES_MAX];
+    uint8_t *end = put_number(inner, COMPRESSION, (uint32_t)response->compression);
+
+    *end++ = COMPRESSED_DATA << 3 | BYTES;
+    end = put_varint(end, response->data_bytes);
+    const size_t inner_bytes = (size_t)(end - inner);
+    *at++ = COMPRESSED << 3 | BYTES;
+    at = put_varint(at, inner_bytes + response->data_bytes);
+    memcpy(at, inner, inner_bytes);
+    return at + inner_bytes;
 }
 
 static size_t finish(uint8_t *header, const uint8_t *end, uint64_t body_bytes)
@@ -68,8 +85,11 @@ size_t mig_wire_encode_response(const struct mig_fetch_response *response, uint8
     } else if (response->content == MIG_CONTENT_DATA) {
         *at++ = DATA << 3 | BYTES;
         at = put_varint(at, response->data_bytes);
+    } else if (response->content == MIG_CONTENT_COMPRESSED) {
+        at = put_compressed(at, response);
     }
-    return finish(header, at, response->content == MIG_CONTENT_DATA ? response->data_bytes : 0);
+    const bool has_body = response->content == MIG_CONTENT_DATA || response->content == MIG_CONTENT_COMPRESSED;
+    return finish(header, at, has_body ? response->data_bytes : 0);
 }
 
 /* ---- reading ---- */
@@ -219,6 +239,49 @@ int mig_wire_decode_request(const uint8_t *message, size_t message_bytes, struct
     return rc;
 }
 
+/* A second Compressed is merged into the first, unless another member of the oneof came between. */
+static int decode_compressed(const struct field *compressed, struct mig_fetch_response *ret)
+{
+    struct cursor cursor = {compressed->bytes, compressed->bytes + compressed->value};
+    struct field field;
+    int rc;
+
+    if (ret->content != MIG_CONTENT_COMPRESSED) {
+        ret->content = MIG_CONTENT_COMPRESSED;
+        ret->compression = 0;
+        ret->data = NULL;
+        ret->data_bytes = 0;
+    }
+    while ((rc = next_field(&cursor, &field)) > 0) {
+        if (is_number(&field, COMPRESSION)) {
+            ret->compression = (int32_t)field.value;
+        } else if (field.number == COMPRESSED_DATA && field.type == BYTES) {
+            ret->data = field.bytes;
+            ret->data_bytes = field.value;
+        }
+    }
+    return rc;
+}
+
+/* Takes a field in if it is a member of the oneof. Returns 0 or -EBADMSG. */
+static int decode_content(const struct field *field, struct mig_fetch_response *ret)
+{
+    if (field->type != BYTES)
+        return 0;
+    if (field->number == COMPRESSED)
+        return decode_compressed(field, ret);
+    if (field->number == ZERO && !is_message(field->bytes, field->value))
+        return -EBADMSG;
+    if (field->number == DATA || field->number == ZERO) {
+        const bool is_data = field->number == DATA;
+        ret->content = is_data ? MIG_CONTENT_DATA : MIG_CONTENT_ZERO;
+        ret->compression = 0;
+        ret->data = is_data ? field->bytes : NULL;
+        ret->data_bytes = is_data ? field->value : 0;
+    }
+    return 0;
+}
+
 int mig_wire_decode_response(const uint8_t *message, size_t message_bytes, struct mig_fetch_response *ret)
 {
     struct cursor cursor = {message, message + message_bytes};
@@ -239,16 +302,8 @@ int mig_wire_decode_response(const uint8_t *message, size_t message_bytes, struc
             ret->generation = field.value;
         } else if (field.number == DIGEST && field.type == FIXED64) {
             ret->digest = field.value;
-        } else if (field.number == DATA && field.type == BYTES) {
-            ret->content = MIG_CONTENT_DATA;
-            ret->data = field.bytes;
-            ret->data_bytes = field.value;
-        } else if (field.number == ZERO && field.type == BYTES) {
-            if (!is_message(field.bytes, field.value))
-                return -EBADMSG;
-            ret->content = MIG_CONTENT_ZERO;
-            ret->data = NULL;
-            ret->data_bytes = 0;
+        } else if (decode_content(&field, ret) < 0) {
+            return -EBADMSG;
         }
     }
     return rc;

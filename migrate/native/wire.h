@@ -24,7 +24,7 @@ struct mig_fetch_request {
     uint32_t page_count;
 };
 
-enum mig_content { MIG_CONTENT_NONE = 0, MIG_CONTENT_DATA = 1, MIG_CONTENT_ZERO = 2 };
+enum mig_content { MIG_CONTENT_NONE = 0, MIG_CONTENT_DATA = 1, MIG_CONTENT_ZERO = 2, MIG_CONTENT_COMPRESSED = 3 };
 
 struct mig_fetch_response {
     uint64_t request_id;
@@ -34,6 +34,7 @@ struct mig_fetch_response {
     uint64_t generation;
     uint64_t digest;
     enum mig_content content;
+    int32_t compression; /* of MIG_CONTENT_COMPRESSED: a migrate.v1.PageCompression, known here or not */
     const uint8_t *data; /* decoded: within the message */
     uint64_t data_bytes;
 };

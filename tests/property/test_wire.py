@@ -12,6 +12,12 @@ from migrate.v1 import page_service_pb2 as pb
 from tests.harness.guarded import GuardedBuffer
 
 ROOM = GuardedBuffer(1 << 16)
+CONTENTS = {
+    None: lib.MIG_CONTENT_NONE,
+    "data": lib.MIG_CONTENT_DATA,
+    "zero": lib.MIG_CONTENT_ZERO,
+    "compressed": lib.MIG_CONTENT_COMPRESSED,
+}
 VARINT, FIXED64, BYTES, GROUP_BEGIN, GROUP_END, FIXED32 = range(6)
 FIELD_MAX = 2**29 - 1
 
@@ -22,6 +28,11 @@ contents = st.one_of(
     st.just({}),
     st.just({"zero": pb.ZeroPages()}),
     st.builds(lambda data: {"data": data}, st.binary(max_size=300)),
+    st.builds(
+        lambda compression, data: {"compressed": pb.Compressed(compression=compression, data=data)},
+        st.integers(-(2**31), 2**31 - 1) | st.sampled_from([0, 1, 2]),
+        st.binary(max_size=300),
+    ),
 )
 responses = st.builds(
     lambda content, **fields: pb.FetchPagesResponse(**fields, **content),
@@ -43,8 +54,16 @@ def values_of(message):
     values = [message.request_id, message.region, message.first_page, message.page_count]
     if isinstance(message, pb.FetchPagesResponse):
         content = message.WhichOneof("content")
-        values += [message.generation, message.digest, content, message.data if content == "data" else None]
+        values += [message.generation, message.digest, content, *content_of(message)]
     return values
+
+
+def content_of(message):
+    """Compression and bytes of a response's content."""
+    content = message.WhichOneof("content")
+    if content == "compressed":
+        return [message.compressed.compression, message.compressed.data]
+    return [0, message.data if content == "data" else b""]
 
 
 def c_values(kind, raw):
@@ -60,12 +79,12 @@ def c_values(kind, raw):
         return None
     values = [got.request_id, got.region, got.first_page, got.page_count]
     if kind is pb.FetchPagesResponse:
-        content = {lib.MIG_CONTENT_DATA: "data", lib.MIG_CONTENT_ZERO: "zero"}.get(got.content)
-        assert content == "data" or got.data_bytes == 0
-        if content == "data":
-            assert pointer <= got.data <= got.data + got.data_bytes <= pointer + len(raw)
-        data = ffi.buffer(got.data, got.data_bytes)[:] if content == "data" else None
-        values += [got.generation, got.digest, content, data]
+        content = {number: name for name, number in CONTENTS.items()}[got.content]
+        assert content in {"data", "compressed"} or got.data_bytes == 0
+        if got.data_bytes:
+            assert pointer <= got.data < got.data + got.data_bytes <= pointer + len(raw)
+        data = ffi.buffer(got.data, got.data_bytes)[:] if got.data_bytes else b""
+        values += [got.generation, got.digest, content, got.compression, data]
     return values
 
 
@@ -100,12 +119,10 @@ def c_encoded(message):
         return ffi.buffer(header, length)[:]
     content = message.WhichOneof("content")
     fields |= {"generation": message.generation, "digest": message.digest}
-    fields["content"] = {None: lib.MIG_CONTENT_NONE, "data": lib.MIG_CONTENT_DATA, "zero": lib.MIG_CONTENT_ZERO}[
-        content
-    ]
-    fields["data_bytes"] = len(message.data) if content == "data" else 0
+    compression, data = content_of(message)
+    fields |= {"content": CONTENTS[content], "compression": compression, "data_bytes": len(data)}
     length = lib.mig_wire_encode_response(ffi.new("struct mig_fetch_response *", fields), header)
-    return ffi.buffer(header, length)[:] + (message.data if content == "data" else b"")
+    return ffi.buffer(header, length)[:] + data
 
 
 @given(message=requests | responses)
@@ -121,9 +138,11 @@ def test_what_protobuf_writes_c_reads_equal(message):
     assert c_values(type(message), message.SerializeToString()) == values_of(message)
 
 
-def test_largest_header_fits():
+@pytest.mark.parametrize("content", CONTENTS)
+def test_largest_header_fits(content):
     message = dict.fromkeys(("request_id", "first_page", "generation", "digest"), 2**64 - 1)
-    message |= {"region": 2**32 - 1, "page_count": 2**32 - 1, "content": lib.MIG_CONTENT_DATA, "data_bytes": 1 << 20}
+    message |= {"region": 2**32 - 1, "page_count": 2**32 - 1, "content": CONTENTS[content], "data_bytes": 2**32 - 1}
+    message["compression"] = -1
     header = ffi.new("uint8_t[]", 256)
     length = lib.mig_wire_encode_response(ffi.new("struct mig_fetch_response *", message), header)
     assert length <= lib.MIG_WIRE_HEADER_BYTES_MAX
@@ -170,17 +189,33 @@ def fields_of(draw, numbers, depth=3):
     return draw(payloads(draw(numbers), draw(st.sampled_from(types)), depth))
 
 
-unknown_fields = fields_of(st.integers(10, FIELD_MAX) | st.just(8))
-# Their own numbers, with every wire type: mostly not the right one, and then they are unknown fields too. Number 7 is
-# a message: its bytes are one, or nothing is.
-known_numbers_of_any_type = fields_of(st.integers(1, 9).filter(lambda number: number != 7))
-zero_fields = st.builds(
-    lambda inner: tag(7, BYTES) + varint(len(b"".join(inner))) + b"".join(inner), st.lists(unknown_fields, max_size=2)
+unknown_fields = fields_of(st.integers(10, FIELD_MAX))
+# Their own numbers, with every wire type: mostly not the right one, and then they are unknown fields too. Numbers 7
+# and 8 are messages: their bytes are one, or nothing is.
+known_numbers_of_any_type = fields_of(st.integers(1, 9).filter(lambda number: number not in {7, 8}))
+
+
+def message_fields(number, inner):
+    return st.builds(lambda parts: sub_message(number, b"".join(parts)), inner)
+
+
+def sub_message(number, inner):
+    return tag(number, BYTES) + varint(len(inner)) + inner
+
+
+zero_fields = message_fields(7, st.lists(unknown_fields, max_size=2))
+compressed_members = st.one_of(
+    fields_of(st.integers(1, FIELD_MAX)),
+    st.builds(lambda value: tag(1, VARINT) + varint(value), uint64),
+    st.builds(lambda data: sub_message(2, data), st.binary(max_size=30)),
 )
+compressed_fields = message_fields(8, st.lists(compressed_members, max_size=4))
 any_field = st.one_of(
     unknown_fields,
     known_numbers_of_any_type,
     zero_fields,
+    compressed_fields,
+    fields_of(st.just(8)).filter(lambda raw: raw[0] != tag(8, BYTES)[0]),
     st.builds(lambda data: tag(6, BYTES) + varint(len(data)) + data, st.binary(max_size=30)),
     st.builds(lambda number, value: tag(number, VARINT) + varint(value), st.integers(1, 5), uint64),
     st.builds(lambda value: tag(9, FIXED64) + struct.pack("<Q", value), uint64),
@@ -193,13 +228,21 @@ def test_fields_in_any_order_repeated_and_unknown_ones_are_read_as_protobuf_read
     check_equal(kind, b"".join(fields))
 
 
-@given(first=st.binary(max_size=20), last_is_data=st.booleans())
-def test_last_content_counts(first, last_is_data):
-    data = tag(6, BYTES) + varint(len(first)) + first
-    zero = tag(7, BYTES) + b"\0"
-    raw = zero + data if last_is_data else data + zero
+@given(data=st.binary(max_size=20), order=st.permutations(["data", "zero", "compressed"]))
+def test_last_content_counts(data, order):
+    parts = {
+        "data": sub_message(6, data),
+        "zero": sub_message(7, b""),
+        "compressed": sub_message(8, tag(1, VARINT) + b"\x02" + sub_message(2, data)),
+    }
+    raw = b"".join(parts[name] for name in order)
     check_equal(pb.FetchPagesResponse, raw)
-    assert c_values(pb.FetchPagesResponse, raw)[6] == ("data" if last_is_data else "zero")
+    assert c_values(pb.FetchPagesResponse, raw)[6] == order[-1]
+
+
+@given(contents=st.lists(zero_fields | compressed_fields | st.just(sub_message(6, b"x")), min_size=2, max_size=4))
+def test_compressed_content_that_comes_in_parts_is_merged_as_protobuf_merges_it(contents):
+    check_equal(pb.FetchPagesResponse, b"".join(contents))
 
 
 @pytest.mark.parametrize("kind", [pb.FetchPagesRequest, pb.FetchPagesResponse])
@@ -215,9 +258,10 @@ def test_nested_groups_are_skipped_as_deep_as_protobuf_goes(kind, depth):
     "depth",
     [1, 50, 98, 99, 100, 101, 10_000],
 )
-def test_nested_groups_in_zero_pages_are_skipped_as_deep_as_protobuf_goes(depth):
+@pytest.mark.parametrize("number", [7, 8])
+def test_nested_groups_in_contents_are_skipped_as_deep_as_protobuf_goes(depth, number):
     inner = tag(20, GROUP_BEGIN) * depth + tag(20, GROUP_END) * depth
-    check_no_more_is_accepted(pb.FetchPagesResponse, tag(7, BYTES) + varint(len(inner)) + inner)
+    check_no_more_is_accepted(pb.FetchPagesResponse, sub_message(number, inner))
 
 
 # ---- what is no message ----
@@ -242,6 +286,9 @@ BROKEN = {
     "three bytes of four": tag(30, FIXED32) + bytes(3),
     "zero pages that are no message": tag(7, BYTES) + b"\x01\xff",
     "zero pages with a group's end": tag(7, BYTES) + b"\x02" + tag(20, GROUP_END),
+    "compressed pages that are no message": tag(8, BYTES) + b"\x01\xff",
+    "compressed pages with a group's end": tag(8, BYTES) + b"\x02" + tag(20, GROUP_END),
+    "compressed pages that are cut off": tag(8, BYTES) + b"\x02" + tag(2, BYTES) + b"\x01x",
 }
 
 
@@ -250,7 +297,7 @@ def test_what_is_no_message_is_refused(name):
     raw = BROKEN[name]
     assert protobuf_values(pb.FetchPagesResponse, raw) is None
     assert c_values(pb.FetchPagesResponse, raw) is None
-    if not name.startswith("zero pages"):
+    if not name.startswith(("zero pages", "compressed pages")):
         assert c_values(pb.FetchPagesRequest, raw) is None
 
 
