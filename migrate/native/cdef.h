@@ -179,7 +179,7 @@ struct mig_export;
 int mig_exports_create(struct mig_exports **ret);
 void mig_exports_destroy(struct mig_exports *exports);
 int mig_exports_publish(struct mig_exports *exports, const char *migration_id, const char *token,
-                        struct mig_page_source *source);
+                        struct mig_page_source *source, enum mig_compression compression);
 int mig_exports_set_generation(struct mig_exports *exports, const char *migration_id, uint64_t generation);
 void mig_exports_withdraw(struct mig_exports *exports, const char *migration_id);
 int mig_exports_find(struct mig_exports *exports, const char *migration_id, const char *authorization,
@@ -213,6 +213,7 @@ struct mig_fetch_terms {
     const char *migration_id;
     const char *token;
     bool verify;
+    enum mig_compression compression;
     uint64_t max_bandwidth_bytes_per_s;
 };
 enum mig_fetch_reason {

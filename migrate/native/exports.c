@@ -17,6 +17,7 @@ struct mig_export {
     char *authorization; /* as the caller must send it */
     struct mig_page_source *source;
     int memfd;
+    enum mig_compression compression;
     uint64_t generation; /* read without the mutex */
     unsigned holders, readers;
     bool withdrawn;
@@ -67,7 +68,7 @@ static struct mig_export **find_link(struct mig_exports *exports, const char *mi
 }
 
 int mig_exports_publish(struct mig_exports *exports, const char *migration_id, const char *token,
-                        struct mig_page_source *source)
+                        struct mig_page_source *source, enum mig_compression compression)
 {
     struct mig_export *export = calloc(1, sizeof(*export));
     if (!export)
@@ -75,6 +76,7 @@ int mig_exports_publish(struct mig_exports *exports, const char *migration_id, c
     *export = (struct mig_export){.exports = exports,
                                   .source = source,
                                   .memfd = fcntl(mig_page_source_memfd(source), F_DUPFD_CLOEXEC, 0),
+                                  .compression = compression,
                                   .holders = 1};
     export->migration_id = strdup(migration_id);
     export->authorization = malloc(strlen(BEARER) + strlen(token) + 1);
@@ -104,6 +106,11 @@ int mig_exports_set_generation(struct mig_exports *exports, const char *migratio
         __atomic_store_n(&export->generation, generation, __ATOMIC_SEQ_CST);
     pthread_mutex_unlock(&exports->mutex);
     return export ? 0 : -ENOENT;
+}
+
+enum mig_compression mig_export_compression(const struct mig_export *export)
+{
+    return export->compression;
 }
 
 uint64_t mig_export_generation(const struct mig_export *export)

@@ -2,6 +2,7 @@
 #ifndef MIG_EXPORTS_H
 #define MIG_EXPORTS_H
 
+#include "compress.h"
 #include "page_source.h"
 
 struct mig_exports;
@@ -14,9 +15,12 @@ int mig_exports_create(struct mig_exports **ret);
 /** All must have been withdrawn, and no call may hold one. */
 void mig_exports_destroy(struct mig_exports *exports);
 
-/** Serve a memory from now on. Returns 0 or -errno; -EEXIST if the migration is served already. */
+/**
+ * Serve a memory from now on, its runs compressed as its reader understands it.
+ * Returns 0 or -errno; -EEXIST if the migration is served already.
+ */
 int mig_exports_publish(struct mig_exports *exports, const char *migration_id, const char *token,
-                        struct mig_page_source *source);
+                        struct mig_page_source *source, enum mig_compression compression);
 
 /** What is read from now on was read in this generation of the dirty log. Returns 0 or -ENOENT. */
 int mig_exports_set_generation(struct mig_exports *exports, const char *migration_id, uint64_t generation);
@@ -35,6 +39,9 @@ void mig_export_put(struct mig_export *export);
 
 /** The memory's descriptor, the export's own: open as long as the export is held, whatever becomes of the source. */
 int mig_export_memfd(const struct mig_export *export);
+
+/** What its reader understands beside plain pages. */
+enum mig_compression mig_export_compression(const struct mig_export *export);
 
 /** The generation of what is read from now on: to be asked before the read. */
 uint64_t mig_export_generation(const struct mig_export *export);

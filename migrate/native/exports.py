@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from migrate.errors import AlreadyExistsError, NativeError, NotFoundError, PermissionDeniedError
 from migrate.native._native import ffi, lib
+from migrate.native.compression import Compression
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,14 +29,22 @@ class Exports:
         self._sources: dict[str, PageSource] = {}
         self._lock = threading.Lock()
 
-    def publish(self, migration_id: str, token: str, source: "PageSource") -> None:
+    def publish(
+        self, migration_id: str, token: str, source: "PageSource", compression: Compression = Compression.NONE
+    ) -> None:
         """Serve a memory to the holder of a token from now on.
+
+        Args:
+            migration_id: Names the memory to its reader.
+            token: Proves that the reader is the one.
+            source: The memory.
+            compression: What the reader understands; a server may use it or not.
 
         Raises:
             AlreadyExistsError: the migration is served already.
         """
         with self._lock:
-            rc = lib.mig_exports_publish(self.handle, migration_id.encode(), token.encode(), source.handle)
+            rc = lib.mig_exports_publish(self.handle, migration_id.encode(), token.encode(), source.handle, compression)
             if rc == -errno.EEXIST:
                 raise AlreadyExistsError(f"migration {migration_id!r} is served already")
             _check("publish a memory", rc)

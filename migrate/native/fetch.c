@@ -313,6 +313,7 @@ int mig_fetch_create(const struct mig_fetch_terms *terms, struct mig_fetch **ret
     fetch->background = (struct mig_link){.fetch = fetch, .kind = MIG_KIND_BACKGROUND, .wake_fd = -1};
     fetch->port = terms->port;
     fetch->verify = terms->verify;
+    fetch->compression = terms->compression;
     fetch->cap.bytes_per_s = terms->max_bandwidth_bytes_per_s;
     fetch->rtts.smallest_ns = UINT64_MAX;
     pthread_condattr_init(&attributes);
@@ -408,6 +409,7 @@ void mig_fetch_destroy(struct mig_fetch *fetch)
         struct mig_link *link = i ? &fetch->background : &fetch->urgent;
         mig_link_close(link);
         mig_reply_order_deinit(&link->order);
+        mig_decompressor_destroy(link->decompressor);
         if (link->wake_fd >= 0)
             close(link->wake_fd);
     }

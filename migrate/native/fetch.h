@@ -15,6 +15,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "compress.h"
 #include "pager.h"
 
 struct mig_fetch;
@@ -25,6 +26,7 @@ struct mig_fetch_terms {
     const char *migration_id;
     const char *token;
     bool verify;
+    enum mig_compression compression;   /* that was agreed on; the source may use it or not */
     uint64_t max_bandwidth_bytes_per_s; /* of the background; 0 is no cap */
 };
 

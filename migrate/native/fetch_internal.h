@@ -27,6 +27,7 @@ struct mig_link {
     struct mig_h2 *h2;
     struct mig_h2_stream *stream; /* NULL once the call is over */
     struct mig_reply_order order;
+    struct mig_decompressor *decompressor; /* NULL until a run comes compressed */
     bool wants_to_write;
     bool has_call_ended;
     enum mig_status call_status;
@@ -41,6 +42,7 @@ struct mig_fetch {
     char *host, *migration_id, *authorization, *authority;
     uint16_t port;
     bool verify;
+    enum mig_compression compression;
     struct mig_pager *pager;
     struct mig_link urgent, background;
     struct mig_window window; /* the background thread's */

@@ -93,6 +93,44 @@ static int place(struct mig_link *link, const struct mig_fetch_response *respons
                                 response->page_count < room ? response->page_count : room);
 }
 
+/* Why a reply cannot be the answer to anything; NULL if it may be. */
+static const char *flaw_of(const struct mig_link *link, const struct mig_fetch_response *response)
+{
+    if (response->content == MIG_CONTENT_NONE)
+        return "the source sent a reply without content";
+    if (response->region != 0)
+        return "the source sent pages of a region that the guest does not have";
+    if (response->content == MIG_CONTENT_DATA && response->data_bytes != mig_page_offset(response->page_count))
+        return "the source sent a run that is not as long as it says";
+    if (response->content != MIG_CONTENT_COMPRESSED)
+        return NULL;
+    if (link->fetch->compression != MIG_COMPRESSION_ZSTD)
+        return "the source sent a compressed run, but no compression was agreed on";
+    if (response->compression != MIG_COMPRESSION_ZSTD)
+        return "the source sent a run in another compression than zstd, which was agreed on";
+    return NULL;
+}
+
+/* Makes a compressed run plain data. Returns 0, or -errno with the link refused. */
+static int decompress(struct mig_link *link, struct mig_fetch_response *response)
+{
+    char text[256];
+    int rc = link->decompressor ? 0 : mig_decompressor_create(&link->decompressor);
+
+    if (rc == 0)
+        rc = mig_decompress_run(link->decompressor, response->data, response->data_bytes, response->page_count,
+                                &response->data);
+    if (rc == -EBADMSG) {
+        snprintf(text, sizeof(text), "the source sent %s", mig_decompressor_flaw(link->decompressor));
+        refuse(link, MIG_FETCH_PROTOCOL, 0, text);
+    } else if (rc < 0) {
+        refuse(link, MIG_FETCH_LOCAL, rc, "decompress pages");
+    }
+    response->content = MIG_CONTENT_DATA;
+    response->data_bytes = mig_page_offset(response->page_count);
+    return rc;
+}
+
 static enum mig_status on_message(void *user, struct mig_h2_stream *stream, const uint8_t *message, size_t bytes)
 {
     struct mig_link *link = user;
@@ -102,12 +140,9 @@ static enum mig_status on_message(void *user, struct mig_h2_stream *stream, cons
     (void)stream;
     if (mig_wire_decode_response(message, bytes, &response) < 0)
         return refuse(link, MIG_FETCH_PROTOCOL, 0, "the source sent a message that is not a FetchPagesResponse");
-    if (response.content == MIG_CONTENT_NONE)
-        return refuse(link, MIG_FETCH_PROTOCOL, 0, "the source sent a reply without content");
-    if (response.region != 0)
-        return refuse(link, MIG_FETCH_PROTOCOL, 0, "the source sent pages of a region that the guest does not have");
-    if (response.content == MIG_CONTENT_DATA && response.data_bytes != mig_page_offset(response.page_count))
-        return refuse(link, MIG_FETCH_PROTOCOL, 0, "the source sent a run that is not as long as it says");
+    const char *flaw = flaw_of(link, &response);
+    if (flaw)
+        return refuse(link, MIG_FETCH_PROTOCOL, 0, flaw);
     const int answered = mig_reply_order_answer(&link->order, response.request_id, response.first_page,
                                                 response.page_count, response.content == MIG_CONTENT_ZERO, &asked);
     if (answered < 0)
@@ -118,6 +153,8 @@ static enum mig_status on_message(void *user, struct mig_h2_stream *stream, cons
         mig_window_on_delivery(&link->fetch->window, mig_page_offset(asked.count_pages));
     link->lost_ns = link->backoff_ns = 0;
     link->progress_ns = mig_h2_heard_ns(link->h2);
+    if (response.content == MIG_CONTENT_COMPRESSED && decompress(link, &response) < 0)
+        return MIG_STATUS_CANCELLED;
     const int rc = place(link, &response);
     return rc < 0 ? refuse_placement(link, &response, rc) : MIG_STATUS_OK;
 }

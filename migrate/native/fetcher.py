@@ -13,6 +13,7 @@ from migrate.errors import (
     UffdError,
 )
 from migrate.native._native import ffi, lib
+from migrate.native.compression import Compression
 from migrate.native.pager import Pager
 
 
@@ -41,6 +42,7 @@ class NativeFetch:
         migration_id: Names the migration to the source.
         token: Proves that we are its destination.
         verify: Every data run must carry its digest.
+        compression: What was agreed on; runs may come so, or plain.
         max_bandwidth_bytes_per_s: Cap of the background; 0 is none.
     """
 
@@ -52,6 +54,7 @@ class NativeFetch:
         token: str,
         *,
         verify: bool = False,
+        compression: Compression = Compression.NONE,
         max_bandwidth_bytes_per_s: int = 0,
     ) -> None:
         strings = [ffi.new("char[]", text.encode()) for text in (host, migration_id, token)]
@@ -63,6 +66,7 @@ class NativeFetch:
                 "migration_id": strings[1],
                 "token": strings[2],
                 "verify": verify,
+                "compression": compression,
                 "max_bandwidth_bytes_per_s": max_bandwidth_bytes_per_s,
             },
         )

@@ -4,11 +4,13 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "compress.h"
 #include "units.h"
 #include "wire.h"
 
 static const char PATH[] = "/migrate.v1.PageService/FetchPages";
-enum { BUFFER_PAGES_MIN = 32, SENDFILE_PAGES_MIN = 4 };
+/* Smaller requests are waited for: they are copied at once, and never compressed. */
+enum { BUFFER_PAGES_MIN = 32, BULK_PAGES_MIN = 4 };
 /* What is read ahead of the socket: enough to keep it busy, little enough that a request is not read long before. */
 static const uint64_t READ_AHEAD_BYTES = 256 << 10;
 
@@ -29,7 +31,8 @@ struct mig_page_call {
     bool no_more, is_bulk;
     bool sends_from_file; /* something queued refers to the memfd */
     bool is_pinned;
-    bool must_copy; /* as the source said last */
+    bool must_copy;                    /* as the source said last */
+    struct mig_compressor *compressor; /* NULL: runs are sent as they are */
     /* Pages on their way out, back to back. */
     uint8_t *buffer;
     uint32_t buffer_pages, used_pages;
@@ -95,6 +98,7 @@ void mig_page_call_free(struct mig_page_call *call)
         mig_export_leave(call->export);
     }
     mig_export_put(call->export);
+    mig_compressor_destroy(call->compressor);
     free(call->asked);
     free(call->buffer);
     free(call);
@@ -161,6 +165,13 @@ static bool make_room(struct mig_page_call *call)
     return true;
 }
 
+/* A call that asks for bulk gets a compressor, if that was agreed on and there is memory for one. */
+static void note_bulk(struct mig_page_call *call)
+{
+    if (!call->compressor && mig_export_compression(call->export) == MIG_COMPRESSION_ZSTD)
+        mig_compressor_create(&call->compressor);
+}
+
 enum mig_status mig_page_call_request(struct mig_page_call *call, struct mig_h2_stream *stream, const uint8_t *message,
                                       size_t bytes)
 {
@@ -177,6 +188,8 @@ enum mig_status mig_page_call_request(struct mig_page_call *call, struct mig_h2_
     call->asked[(call->asked_head + call->asked_count++) % call->asked_capacity] =
         (struct asked){request, MIG_PREFIX_BYTES + bytes};
     call->is_bulk |= request.page_count > 1;
+    if (request.page_count >= BULK_PAGES_MIN)
+        note_bulk(call);
     return MIG_STATUS_OK;
 }
 
@@ -185,16 +198,29 @@ enum mig_status mig_page_call_request(struct mig_page_call *call, struct mig_h2_
 /* A few pages are copied at once; more are left where they are until the socket takes them, if they may be. */
 static bool is_sent_from_file(const struct mig_page_call *call, uint32_t count_pages)
 {
-    return count_pages >= SENDFILE_PAGES_MIN && !call->must_copy;
+    return count_pages >= BULK_PAGES_MIN && !call->must_copy && !call->compressor;
+}
+
+/* Compresses a run that is about to be sent from the buffer, in its place there, if that makes it smaller. */
+static void compress(const struct mig_page_call *call, struct mig_fetch_response *response, uint8_t *run)
+{
+    const uint32_t compressed_bytes = mig_compress_run(call->compressor, run, response->page_count);
+
+    if (!compressed_bytes)
+        return;
+    response->content = MIG_CONTENT_COMPRESSED;
+    response->compression = MIG_COMPRESSION_ZSTD;
+    response->data_bytes = compressed_bytes;
 }
 
 /* Queues one run; its pages lie in `pages`, or, if that is NULL, are sent straight from the memfd. */
 static void send_run(const struct mig_page_call *call, struct mig_h2_stream *stream,
                      const struct mig_fetch_request *request, uint64_t generation, const struct mig_run *run,
-                     const uint8_t *pages)
+                     uint8_t *pages)
 {
     uint8_t header[MIG_WIRE_HEADER_BYTES_MAX];
-    const struct mig_fetch_response response = {
+    uint8_t *copied = pages && !run->is_zero ? pages + mig_page_offset(run->first_page - request->first_page) : NULL;
+    struct mig_fetch_response response = {
         .request_id = request->request_id,
         .region = request->region,
         .first_page = run->first_page,
@@ -204,12 +230,11 @@ static void send_run(const struct mig_page_call *call, struct mig_h2_stream *str
         .content = run->is_zero ? MIG_CONTENT_ZERO : MIG_CONTENT_DATA,
         .data_bytes = run->is_zero ? 0 : mig_page_offset(run->count_pages),
     };
+    if (copied && call->compressor && request->page_count >= BULK_PAGES_MIN)
+        compress(call, &response, copied);
     const uint32_t header_bytes = (uint32_t)mig_wire_encode_response(&response, header);
-    if (run->is_zero)
-        mig_h2_send(stream, header, header_bytes, NULL, 0);
-    else if (pages)
-        mig_h2_send(stream, header, header_bytes, pages + mig_page_offset(run->first_page - request->first_page),
-                    (uint32_t)response.data_bytes);
+    if (run->is_zero || copied)
+        mig_h2_send(stream, header, header_bytes, copied, (uint32_t)response.data_bytes);
     else
         mig_h2_send_file(stream, header, header_bytes, mig_export_memfd(call->export), mig_page_offset(run->first_page),
                          (uint32_t)response.data_bytes);

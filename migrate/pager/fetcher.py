@@ -8,6 +8,7 @@ from typing import Protocol
 
 from migrate.config import CONNECT_DEADLINE_S, Endpoint
 from migrate.errors import ChannelError, MigrateError
+from migrate.native.compression import Compression
 from migrate.native.fetcher import NativeFetch
 from migrate.native.pager import Pager
 from migrate.pager.grpcio_fetcher import GrpcioFetcher
@@ -27,6 +28,7 @@ class FetchTerms:
         token: Proves that we are its destination.
         verify: Every data run must carry its digest.
         max_bandwidth_bytes_per_s: Cap of the background; 0 is none.
+        compression: What was agreed on; runs may come so, or plain. Transport grpcio takes none.
     """
 
     endpoint: Endpoint
@@ -34,6 +36,7 @@ class FetchTerms:
     token: str
     verify: bool
     max_bandwidth_bytes_per_s: int
+    compression: Compression = Compression.NONE
 
 
 class Fetcher(Protocol):
@@ -92,6 +95,7 @@ class NativeFetcher:
             terms.migration_id,
             terms.token,
             verify=terms.verify,
+            compression=terms.compression,
             max_bandwidth_bytes_per_s=terms.max_bandwidth_bytes_per_s,
         )
         try:

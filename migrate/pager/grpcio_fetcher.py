@@ -209,6 +209,8 @@ class GrpcioFetcher:
         content = response.WhichOneof("content")
         if content is None:
             raise RemoteProtocolError("the source sent a reply without content")
+        if content == "compressed":
+            raise RemoteProtocolError("the source sent a compressed run, but no compression was agreed on")
         first_page, count_pages = response.first_page, response.page_count
         is_zero = content == "zero"
         is_complete = order.answer(response.request_id, first_page, count_pages, is_zero=is_zero)

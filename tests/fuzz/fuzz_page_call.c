@@ -89,7 +89,7 @@ static struct mig_exports *served(void)
         require(pwrite(memfd, page, sizeof(page), (off_t)mig_page_offset(i)) == (ssize_t)sizeof(page));
     }
     require(!mig_page_source_create(memfd, PAGES, &source) && !mig_exports_create(&exports) &&
-            !mig_exports_publish(exports, "m", "t", source));
+            !mig_exports_publish(exports, "m", "t", source, MIG_COMPRESSION_ZSTD));
     return exports;
 }
 
