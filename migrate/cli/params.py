@@ -34,6 +34,7 @@ _NO_CONVERGENCE = {
     "fail": types_pb2.NO_CONVERGENCE_FAIL,
 }
 _TRANSPORTS = {"native": types_pb2.PAGE_TRANSPORT_NATIVE_GRPC, "grpcio": types_pb2.PAGE_TRANSPORT_GRPCIO}
+_COMPRESSIONS = {"none": types_pb2.PAGE_COMPRESSION_NONE, "zstd": types_pb2.PAGE_COMPRESSION_ZSTD}
 _ORDERS = ("precopy", "follow", "bubble")
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -115,6 +116,7 @@ class MigrationOptions(TypedDict):
     order: str
     max_bandwidth: int
     transport: str
+    compress: str
     verify: bool
 
 
@@ -191,6 +193,13 @@ def migration_options() -> Callable[[_Command], _Command]:
             show_default=True,
             help="What carries the pages.",
         ),
+        click.option(
+            "--compress",
+            type=_choice(_COMPRESSIONS),
+            default="none",
+            show_default=True,
+            help="What the pages are compressed with, but for those that a vCPU waits for.",
+        ),
         click.option("--verify", is_flag=True, help="Compare a digest of every page, and of all memory at the end."),
     )
 
@@ -224,6 +233,7 @@ def start_request(guest: str, to: str, options: MigrationOptions) -> migration_s
         transport=_TRANSPORTS[options["transport"]],
         max_bandwidth_bytes_per_s=options["max_bandwidth"],
         verify=options["verify"],
+        compression=_COMPRESSIONS[options["compress"]],
     )
 
 

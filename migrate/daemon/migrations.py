@@ -5,14 +5,21 @@ import threading
 import uuid
 from collections.abc import Callable
 
-from migrate.config import Endpoint
+from migrate.config import PROTOCOL_VERSION, Endpoint
 from migrate.daemon.guests import GuestRegistry
 from migrate.daemon.peer import GrpcPeer
 from migrate.errors import AlreadyExistsError, ConfigError, GuestHolder, NotFoundError
 from migrate.native.exports import Exports
 from migrate.session.destination import DestinationSession, Twin
 from migrate.session.record import MigrationRecord
-from migrate.session.rules import HostFacts, check_prepare, check_terms, choose_mode, choose_transport
+from migrate.session.rules import (
+    HostFacts,
+    check_compression,
+    check_prepare,
+    check_terms,
+    choose_mode,
+    choose_transport,
+)
 from migrate.session.source import SourceSession
 from migrate.telemetry.clock import Clock
 from migrate.telemetry.host import available_bytes
@@ -59,6 +66,7 @@ class MigrationRegistry:
             GuestBusyError: it is being moved already.
         """
         check_terms(request.mode or types.MIGRATION_MODE_HYBRID, request.order)
+        check_compression(request.compression, request.transport)
         to = Endpoint.parse(request.to)
         kind = self._guests.find(request.guest).spec.kind
         choose_mode(request.mode, kind)
@@ -93,8 +101,8 @@ class MigrationRegistry:
 
     # ---- as a destination ----
 
-    def prepare(self, request: transfer.PrepareRequest, peer_host: str) -> "types.PageTransport.ValueType":
-        """Build the twin of a guest that wants to come; return the transport that will fetch its pages.
+    def prepare(self, request: transfer.PrepareRequest, peer_host: str) -> transfer.PrepareResponse:
+        """Build the twin of a guest that wants to come; return the terms on which its pages will be fetched.
 
         Args:
             request: What the source says of it.
@@ -126,7 +134,9 @@ class MigrationRegistry:
             self._records[request.migration_id] = session.record
         session.prepare()
         self._spawn(f"destination-{request.migration_id}", session.run)
-        return session.transport
+        return transfer.PrepareResponse(
+            protocol_version=PROTOCOL_VERSION, transport=session.transport, compression=session.compression
+        )
 
     def invalidate(self, request: transfer.InvalidateRequest) -> None:
         """Lose pages that are stale.

@@ -6,7 +6,6 @@ from urllib.parse import unquote
 
 import grpc
 
-from migrate.config import PROTOCOL_VERSION
 from migrate.daemon.guests import GuestRegistry
 from migrate.daemon.migrations import MigrationRegistry
 from migrate.errors import ConfigError
@@ -131,8 +130,7 @@ class TransferServicer(transfer_rpc.TransferServiceServicer):
         self._migrations = migrations
 
     def Prepare(self, request: transfer.PrepareRequest, context: grpc.ServicerContext) -> transfer.PrepareResponse:
-        transport = self._migrations.prepare(request, _peer_host(context.peer()))
-        return transfer.PrepareResponse(protocol_version=PROTOCOL_VERSION, transport=transport)
+        return self._migrations.prepare(request, _peer_host(context.peer()))
 
     def Invalidate(
         self, request: transfer.InvalidateRequest, context: grpc.ServicerContext

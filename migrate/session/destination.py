@@ -23,11 +23,12 @@ from migrate.errors import (
     MigrationAbortedError,
     PostcopyPausedError,
 )
+from migrate.native.compression import Compression
 from migrate.native.pager import Order, Pager, PagerStoppedError
 from migrate.pager.fetcher import Fetcher, FetchTerms, make_fetcher
 from migrate.session.ports import GuestPort, PeerPort
 from migrate.session.record import MigrationRecord
-from migrate.session.rules import choose_transport
+from migrate.session.rules import choose_compression, choose_transport
 from migrate.session.states import Event, Side, State
 from migrate.telemetry.clock import Clock
 from migrate.telemetry.faults import FaultLatencies
@@ -95,6 +96,7 @@ class DestinationSession:
         self._latencies = FaultLatencies()
         self._stopping = threading.Event()
         self.transport = choose_transport(request.transport)
+        self.compression = choose_compression(request.compression, self.transport)
         self._fetcher = fetcher_of(
             self.transport,
             FetchTerms(
@@ -103,6 +105,7 @@ class DestinationSession:
                 request.token,
                 verify=request.verify,
                 max_bandwidth_bytes_per_s=request.max_bandwidth_bytes_per_s,
+                compression=Compression(self.compression),
             ),
             clock,
             self._on_fetch_failure,
@@ -117,6 +120,7 @@ class DestinationSession:
                 mode=request.mode,
                 order=request.order,
                 transport=self.transport,
+                compression=self.compression,
                 memory_bytes=spec.memory_bytes,
                 vcpus=spec.vcpus,
                 peer=request.control_endpoint,

@@ -13,6 +13,10 @@ SUPPORTED_ORDERS = ("precopy", "follow", "bubble")
 # The first version that knows Invalidate, and with it modes hybrid and precopy.
 PRECOPY_PROTOCOL_VERSION = 2
 SUPPORTED_TRANSPORTS = frozenset({types.PAGE_TRANSPORT_NATIVE_GRPC, types.PAGE_TRANSPORT_GRPCIO})
+COMPRESSING_TRANSPORTS = frozenset({types.PAGE_TRANSPORT_NATIVE_GRPC})
+SUPPORTED_COMPRESSIONS = frozenset(
+    {types.PAGE_COMPRESSION_UNSPECIFIED, types.PAGE_COMPRESSION_NONE, types.PAGE_COMPRESSION_ZSTD}
+)
 MEMORY_MAX_BYTES = 1 << 40
 
 
@@ -28,6 +32,32 @@ def choose_transport(asked: int) -> "types.PageTransport.ValueType":
     if asked in SUPPORTED_TRANSPORTS:
         return types.PageTransport.ValueType(asked)
     return types.PAGE_TRANSPORT_NATIVE_GRPC
+
+
+def choose_compression(asked: int, transport: int) -> "types.PageCompression.ValueType":
+    """How the runs of a transport may be compressed: as asked for if both know how, else not at all.
+
+    Args:
+        asked: A migrate.v1.PageCompression.
+        transport: The migrate.v1.PageTransport that fetches the pages.
+    """
+    if asked == types.PAGE_COMPRESSION_ZSTD and transport in COMPRESSING_TRANSPORTS:
+        return types.PAGE_COMPRESSION_ZSTD
+    return types.PAGE_COMPRESSION_NONE
+
+
+def check_compression(asked: int, transport: int) -> None:
+    """Whether an operator's wish can be met by this version; a destination may still decline it.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if asked not in SUPPORTED_COMPRESSIONS:
+        raise ConfigError("this version compresses pages with zstd, or not at all")
+    if asked == types.PAGE_COMPRESSION_ZSTD and choose_transport(transport) not in COMPRESSING_TRANSPORTS:
+        raise ConfigError(
+            "transport grpcio does not compress pages", remedy="use --transport native, or --compress none"
+        )
 
 
 def choose_mode(asked: int, kind: int) -> "types.MigrationMode.ValueType":

@@ -23,13 +23,14 @@ from migrate.errors import (
     PermissionDeniedError,
     PostcopyPausedError,
 )
+from migrate.native.compression import Compression
 from migrate.native.exports import Exports
 from migrate.native.page_source import PageSource
 from migrate.session.convergence import DOWNTIME_LIMIT_DEFAULT_US, Next, Terms
 from migrate.session.ports import GuestPort, PeerPort
 from migrate.session.precopy import Precopy
 from migrate.session.record import MigrationRecord
-from migrate.session.rules import check_peer_version, check_terms, choose_mode, choose_transport
+from migrate.session.rules import check_peer_version, check_terms, choose_compression, choose_mode, choose_transport
 from migrate.session.states import Event, Side, State
 from migrate.telemetry.clock import Clock
 from migrate.units import bytes_to_pages
@@ -109,6 +110,7 @@ class SourceSession:
         self._precopy: Precopy | None = None
         self._is_published = False
         self._paused_us = 0
+        self._compression = Compression.NONE  # until the destination has agreed to another
         self._memfds: list[int] = []
         self._source: PageSource | None = None
         self.record = MigrationRecord(
@@ -120,6 +122,7 @@ class SourceSession:
                 mode=mode,
                 order=request.order,
                 transport=choose_transport(request.transport),
+                compression=types.PAGE_COMPRESSION_NONE,
                 peer=request.to,
             ),
             clock,
@@ -212,10 +215,13 @@ class SourceSession:
                 transport=choose_transport(self._request.transport),
                 max_bandwidth_bytes_per_s=self._request.max_bandwidth_bytes_per_s,
                 verify=self._request.verify,
+                compression=self._request.compression,
             )
         )
         check_peer_version(self._terms.mode, prepared.protocol_version)
-        self.record.update(lambda migration: _note_transport(migration, prepared.transport))
+        if prepared.compression == self._request.compression:
+            self._compression = Compression(choose_compression(prepared.compression, prepared.transport))
+        self.record.update(lambda migration: _note_transport(migration, prepared.transport, self._compression))
         self._source = PageSource(self._memfds[0], bytes_to_pages(description.regions[0].size_bytes))
 
     # ---- PRECOPY ----
@@ -253,7 +259,7 @@ class SourceSession:
 
     def _publish(self) -> None:
         if self._source is not None and not self._is_published:
-            self._exports.publish(self.record.migration_id, self._token, self._source)
+            self._exports.publish(self.record.migration_id, self._token, self._source, self._compression)
             self._is_published = True
 
     # ---- SWITCHOVER ----
@@ -426,8 +432,11 @@ def _describe(migration: types.Migration, description: types.GuestDescription) -
     migration.pages.total = bytes_to_pages(description.spec.memory_bytes)
 
 
-def _note_transport(migration: types.Migration, transport: "types.PageTransport.ValueType") -> None:
+def _note_transport(
+    migration: types.Migration, transport: "types.PageTransport.ValueType", compression: Compression
+) -> None:
     migration.transport = transport
+    migration.compression = types.PageCompression.ValueType(compression)
 
 
 def _note_touches(migration: types.Migration, touches: int) -> None:

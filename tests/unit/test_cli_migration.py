@@ -181,7 +181,15 @@ def test_status_shows_the_one_asked_for(daemon):
     status = json_of(run("status", "m-9", "--json", daemon=daemon))
 
     assert status["migration_id"] == "m-9"
-    assert set(status) == {*CONTRACT_KEYS, "side", "peer", "holder", "guest_touches_at_switchover", "error"}
+    assert set(status) == {
+        *CONTRACT_KEYS,
+        "side",
+        "peer",
+        "compression",
+        "holder",
+        "guest_touches_at_switchover",
+        "error",
+    }
     assert (status["side"], status["holder"], status["error"]) == ("source", "destination", None)
 
 
