@@ -79,7 +79,9 @@ def migration_status_json(migration: types_pb2.Migration) -> dict[str, Any]:
         **migration_json(migration),
         "side": _word(types_pb2.MigrationSide, migration.side, "MIGRATION_SIDE_"),
         "peer": migration.peer,
-        "compression": _word(types_pb2.PageCompression, migration.compression, "PAGE_COMPRESSION_"),
+        "compression": _word(
+            types_pb2.PageCompression, migration.compression or types_pb2.PAGE_COMPRESSION_NONE, "PAGE_COMPRESSION_"
+        ),
         "holder": _word(types_pb2.GuestHolder, migration.holder, "GUEST_HOLDER_"),
         "guest_touches_at_switchover": migration.guest_touches_at_switchover,
         "error": _error_json(migration.error) if migration.HasField("error") else None,

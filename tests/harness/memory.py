@@ -1,16 +1,20 @@
 """A small guest's memory on the source: what is in it, served or not, and what a stock client gets of it."""
 
 import contextlib
+import hashlib
 import os
 
 import grpc
 
 from migrate.config import Endpoint
+from migrate.native.compression import Compression
 from migrate.native.exports import Exports
 from migrate.native.page_source import PageSource
 from migrate.native.pageserver import PageServer
 from migrate.v1 import page_service_pb2 as pb
 from migrate.v1 import page_service_pb2_grpc as rpc
+from migrate.v1 import types_pb2 as types
+from tests.harness.zstd import decompressed
 
 PAGE = 4096
 MIGRATION_ID, TOKEN = "m", "t"
@@ -24,11 +28,27 @@ def page_bytes(page):
     return page.to_bytes(8, "little") * (PAGE // 16) + bytes([page % 255 + 1]) * (PAGE // 2)
 
 
-class Memory:
-    """A memfd: mostly data, with zero pages (7 of 64), and a hole of the last eighth."""
+def random_page_bytes(page):
+    """What nothing compresses."""
+    return hashlib.shake_128(page.to_bytes(8, "little")).digest(PAGE)
 
-    def __init__(self, pages):
+
+def half_random_page_bytes(page):
+    """What shrinks to about a half."""
+    return random_page_bytes(page)[: PAGE // 2] + bytes(PAGE // 2)
+
+
+class Memory:
+    """A memfd: mostly data, with zero pages (7 of 64), and a hole of the last eighth.
+
+    Args:
+        pages: Its length.
+        fill: Called with the number of a page of data; its bytes.
+    """
+
+    def __init__(self, pages, fill=page_bytes):
         self.pages = pages
+        self.fill = fill
         self.data_end = pages - pages // 8
         self.fd = os.memfd_create("memory", os.MFD_CLOEXEC)
         os.ftruncate(self.fd, pages * PAGE)
@@ -37,7 +57,7 @@ class Memory:
 
     def page(self, page):
         is_zero = page >= self.data_end or page % 64 in (0, 5, 6, 7, 20, 40, 63)
-        return bytes(PAGE) if is_zero else page_bytes(page)
+        return bytes(PAGE) if is_zero else self.fill(page)
 
     def run(self, first_page, page_count):
         return b"".join(self.page(page) for page in range(first_page, first_page + page_count))
@@ -49,11 +69,12 @@ class Memory:
 class ServedMemory:
     """A memory that the native page server serves as migration "m" to who has the token "t"."""
 
-    def __init__(self, pages=1024, host="127.0.0.1"):
-        self.memory = Memory(pages)
+    def __init__(self, pages=1024, host="127.0.0.1", compression=Compression.NONE, fill=page_bytes):
+        self.memory = Memory(pages, fill)
+        self.compression = compression
         self.source = PageSource(self.memory.fd, pages)
         self.exports = Exports()
-        self.exports.publish(MIGRATION_ID, TOKEN, self.source)
+        self.exports.publish(MIGRATION_ID, TOKEN, self.source, compression)
         self.server = PageServer(Endpoint(host, 0), self.exports)
 
     @property
@@ -63,7 +84,7 @@ class ServedMemory:
     def publish_again(self):
         """After a withdrawal. Does nothing if it is still published."""
         self.exports.withdraw(MIGRATION_ID)
-        self.exports.publish(MIGRATION_ID, TOKEN, self.source)
+        self.exports.publish(MIGRATION_ID, TOKEN, self.source, self.compression)
 
     def close(self):
         self.server.close()
@@ -76,6 +97,15 @@ def runs_of(pages, size=256):
     return [(first, min(size, pages - first)) for first in range(0, pages, size)]
 
 
+def content_of(response):
+    """The pages of a reply, whatever they travelled as."""
+    kind = response.WhichOneof("content")
+    if kind == "compressed":
+        assert response.compressed.compression == types.PAGE_COMPRESSION_ZSTD
+        return decompressed(response.compressed.data, response.page_count)
+    return response.data if kind == "data" else bytes(response.page_count * PAGE)
+
+
 def pages_of(responses, asked):
     """The bytes of each (first, count) asked for, from the replies to requests numbered from 1; checks their order."""
     got = [b""] * len(asked)
@@ -85,7 +115,7 @@ def pages_of(responses, asked):
         last = response.request_id
         first, count = asked[last - 1]
         assert response.first_page == first + len(got[last - 1]) // PAGE, "runs ascend without gaps"
-        content = response.data if response.WhichOneof("content") == "data" else bytes(response.page_count * PAGE)
+        content = content_of(response)
         assert len(content) == response.page_count * PAGE
         got[last - 1] = (got[last - 1] + content)[: count * PAGE]
     assert [len(part) for part in got] == [count * PAGE for _, count in asked], "every request is answered whole"

@@ -14,8 +14,9 @@ import pytest
 
 from migrate.config import Endpoint
 from migrate.daemon.status import ErrorInterceptor
-from migrate.errors import ChannelError, IntegrityError
+from migrate.errors import ChannelError, IntegrityError, RemoteProtocolError
 from migrate.native._native import lib
+from migrate.native.compression import Compression
 from migrate.pager.fetcher import FetchTerms, NativeFetcher, make_fetcher
 from migrate.pager.grpcio_fetcher import GrpcioFetcher
 from migrate.pageserver.servicer import PageServicer
@@ -66,10 +67,21 @@ def served():
 class Fetching:
     """A destination that fetches with the transport of that name; the error, if there was one."""
 
-    def __init__(self, client, endpoint, *, pages=PAGES, verify=False, cap=0, migration_id=MIGRATION_ID, token=TOKEN):
+    def __init__(
+        self,
+        client,
+        endpoint,
+        *,
+        pages=PAGES,
+        verify=False,
+        cap=0,
+        migration_id=MIGRATION_ID,
+        token=TOKEN,
+        compression=Compression.NONE,
+    ):
         self.destination = Destination(pages)
         self.errors = []
-        terms = FetchTerms(endpoint, migration_id, token, verify, cap)
+        terms = FetchTerms(endpoint, migration_id, token, verify, cap, compression)
         self.fetcher = make_fetcher(TRANSPORTS[client], terms, Clock(), self.errors.append)
         assert isinstance(self.fetcher, NativeFetcher if client == "native" else GrpcioFetcher)
 
@@ -111,6 +123,41 @@ def test_every_page_arrives_urgent_or_in_the_background(served, server, client, 
         assert counters.urgent_pages + counters.background_pages == data_pages
         assert counters.verified_pages == (data_pages if verify else 0)
         assert fetching.fetcher.wire_bytes > data_pages * PAGE
+
+
+@pytest.fixture
+def compressing():
+    made = ServedMemory(PAGES, compression=Compression.ZSTD)
+    made.source.take_digests()
+    yield made
+    made.close()
+
+
+@uffd
+@pytest.mark.parametrize("verify", [False, True], ids=["plain", "verified"])
+def test_every_page_arrives_compressed_where_that_was_agreed_on(compressing, verify):
+    touched = (900, 1, 63, 5, 1023, 128, 500, 2)
+    terms = {"verify": verify, "cap": 8_000_000, "compression": Compression.ZSTD}
+    with Fetching("native", compressing.endpoint, **terms) as fetching:
+        destination = fetching.destination
+        destination.touch(*touched)
+        destination.check_touched(compressing.memory, len(touched))
+        fetching.fetcher.join()
+        assert fetching.errors == []
+        destination.check_all(compressing.memory)
+        counters = destination.pager.counters()
+        data_pages = counters.urgent_pages + counters.background_pages
+        assert counters.verified_pages == (data_pages if verify else 0)
+        assert fetching.fetcher.wire_bytes < data_pages * PAGE / 4
+
+
+@uffd
+@clients
+def test_compressed_runs_that_were_not_agreed_on_are_a_protocol_error(compressing, client):
+    with Fetching(client, compressing.endpoint) as fetching:
+        error = fetching.error()
+    assert type(error) is RemoteProtocolError
+    assert "compressed run, but no compression was agreed on" in error.message
 
 
 @uffd

@@ -54,6 +54,42 @@ def test_start_json_values_are_plain_numbers_and_words(daemon):
     assert report["fault_latency_us"]["max"] == 3.25
 
 
+@pytest.mark.parametrize(
+    ("options", "compression"),
+    [
+        ([], types_pb2.PAGE_COMPRESSION_NONE),
+        (["--compress", "none"], types_pb2.PAGE_COMPRESSION_NONE),
+        (["--compress", "zstd"], types_pb2.PAGE_COMPRESSION_ZSTD),
+    ],
+    ids=["default", "none", "zstd"],
+)
+def test_start_asks_for_the_compression_of_its_option(daemon, options, compression):
+    assert run("start", "alpha", "--to", "192.0.2.2:7400", *options, daemon=daemon).exit_code == 0
+    assert daemon.requests[0].compression == compression
+
+
+def test_start_with_another_compression_is_a_usage_error(daemon):
+    result = run("start", "alpha", "--to", "192.0.2.2:7400", "--compress", "gzip", daemon=daemon)
+
+    assert result.exit_code == 2
+    assert daemon.requests == []
+
+
+@pytest.mark.parametrize(
+    ("compression", "word"),
+    [
+        (types_pb2.PAGE_COMPRESSION_ZSTD, "zstd"),
+        (types_pb2.PAGE_COMPRESSION_NONE, "none"),
+        (types_pb2.PAGE_COMPRESSION_UNSPECIFIED, "none"),
+    ],
+    ids=["zstd", "none", "a daemon that does not know of it"],
+)
+def test_status_json_says_how_pages_are_compressed(daemon, compression, word):
+    daemon.migrations = [make_migration(compression=compression)]
+
+    assert json_of(run("status", "--json", daemon=daemon))["compression"] == word
+
+
 def test_start_json_is_the_only_line_of_stdout(daemon):
     daemon.watched = [make_migration(types_pb2.MIGRATION_STATE_POSTCOPY), make_migration()]
 
