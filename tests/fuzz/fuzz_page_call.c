@@ -5,7 +5,8 @@
  * scripts/test --sanitize does that. No Python, no threads; the peer is the other end of a socketpair.
  *
  * The first byte of an input for server and client says what the rest is: bytes as they come, bytes behind the
- * beginning of a good conversation, or a script of frames (see play), which gets further than bytes ever do.
+ * beginning of a good conversation, or a script of frames (see play), which gets further than bytes ever do. A bit of
+ * it has the server compress.
  */
 #include <fcntl.h>
 #include <stdlib.h>
@@ -13,6 +14,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "compress.h"
 #include "exports.h"
 #include "page_call.h"
 #include "page_source.h"
@@ -38,7 +40,7 @@ __attribute__((unused)) static int fuzz_wire(const uint8_t *data, size_t count_b
                 request.first_page == request_again.first_page && request.page_count == request_again.page_count);
     }
     if (mig_wire_decode_response(data, count_bytes, &response) == 0) {
-        require(response.content != MIG_CONTENT_DATA ||
+        require(!response.data_bytes ||
                 (response.data >= data && response.data_bytes <= (size_t)(data + count_bytes - response.data)));
         const size_t bytes = mig_wire_encode_response(&response, header);
         uint8_t *whole = malloc(bytes + response.data_bytes);
@@ -50,7 +52,8 @@ __attribute__((unused)) static int fuzz_wire(const uint8_t *data, size_t count_b
         require(response.request_id == response_again.request_id && response.region == response_again.region &&
                 response.first_page == response_again.first_page && response.page_count == response_again.page_count &&
                 response.generation == response_again.generation && response.digest == response_again.digest &&
-                response.content == response_again.content && response.data_bytes == response_again.data_bytes);
+                response.content == response_again.content && response.compression == response_again.compression &&
+                response.data_bytes == response_again.data_bytes);
         free(whole);
     }
     return 0;
@@ -73,14 +76,18 @@ static void converse(struct session *session, const uint8_t *data, size_t count_
 
 /* ---- the server ---- */
 
+/* The same memory, for readers of plain pages and for readers of compressed ones. */
+enum { PLAIN, COMPRESSED, AUDIENCES };
+static int audience; /* of the one connection that there is at a time */
+
 static struct mig_exports *served(void)
 {
-    static struct mig_exports *exports;
+    static struct mig_exports *exports[AUDIENCES];
     struct mig_page_source *source;
     uint8_t page[MIG_PAGE_SIZE_BYTES];
 
-    if (exports)
-        return exports;
+    if (exports[audience])
+        return exports[audience];
     const int memfd = memfd_create("fuzz", MFD_CLOEXEC | MFD_ALLOW_SEALING);
     require(memfd >= 0 && !ftruncate(memfd, (off_t)mig_page_offset(PAGES)));
     require(!fcntl(memfd, F_ADD_SEALS, F_SEAL_SHRINK)); /* else its pages are never sent from the file */
@@ -88,9 +95,12 @@ static struct mig_exports *served(void)
         memset(page, i % 5 ? (int)i : 0, sizeof(page));
         require(pwrite(memfd, page, sizeof(page), (off_t)mig_page_offset(i)) == (ssize_t)sizeof(page));
     }
-    require(!mig_page_source_create(memfd, PAGES, &source) && !mig_exports_create(&exports) &&
-            !mig_exports_publish(exports, "m", "t", source, MIG_COMPRESSION_ZSTD));
-    return exports;
+    require(!mig_page_source_create(memfd, PAGES, &source));
+    for (int i = 0; i < AUDIENCES; i++)
+        require(!mig_exports_create(&exports[i]) &&
+                !mig_exports_publish(exports[i], "m", "t", source,
+                                     i == COMPRESSED ? MIG_COMPRESSION_ZSTD : MIG_COMPRESSION_NONE));
+    return exports[audience];
 }
 
 /* Of the one connection that there is at a time. */
@@ -178,6 +188,7 @@ __attribute__((unused)) static int fuzz_server(const uint8_t *data, size_t count
 
     if (!count_bytes)
         return 0;
+    audience = data[0] & 4 ? COMPRESSED : PLAIN;
     const int fd = connect_session(&session);
     require(!mig_h2_create(fd, MIG_H2_SERVER, &limits, &handler, &session, &session.h2));
     converse(&session, data, count_bytes);
@@ -205,6 +216,18 @@ static void ask(struct session *session)
     }
 }
 
+/* Whatever the peer compressed, it is exactly its run, or refused with words. */
+static int decompress(struct mig_fetch_response *response)
+{
+    static struct mig_decompressor *decompressor;
+
+    require(decompressor || !mig_decompressor_create(&decompressor));
+    const int rc =
+        mig_decompress_run(decompressor, response->data, response->data_bytes, response->page_count, &response->data);
+    require(!rc || strlen(mig_decompressor_flaw(decompressor)));
+    return rc;
+}
+
 static enum mig_status on_reply(void *user, struct mig_h2_stream *stream, const uint8_t *message, size_t bytes)
 {
     struct session *session = user;
@@ -216,11 +239,16 @@ static enum mig_status on_reply(void *user, struct mig_h2_stream *stream, const 
     if (mig_wire_decode_response(message, bytes, &response) < 0 || response.content == MIG_CONTENT_NONE ||
         (response.content == MIG_CONTENT_DATA && response.data_bytes != mig_page_offset(response.page_count)))
         return MIG_STATUS_CANCELLED;
-    for (uint64_t i = 0; i < response.data_bytes; i++)
-        sum += response.data[i];
     if (mig_reply_order_answer(&session->order, response.request_id, response.first_page, response.page_count,
                                response.content == MIG_CONTENT_ZERO, &asked) < 0)
         return MIG_STATUS_CANCELLED;
+    if (response.content == MIG_CONTENT_COMPRESSED) {
+        if (decompress(&response) < 0)
+            return MIG_STATUS_CANCELLED;
+        response.data_bytes = mig_page_offset(response.page_count);
+    }
+    for (uint64_t i = 0; i < response.data_bytes; i++)
+        sum += response.data[i];
     return sum == UINT64_MAX ? MIG_STATUS_INTERNAL : MIG_STATUS_OK;
 }
 

@@ -11,10 +11,12 @@ from hyperframe import frame as frames
 
 from migrate.v1 import page_service_pb2 as pb
 from tests.harness.h2_peer import PATH, PREFACE, prefixed
+from tests.harness.zstd import compressed, frame, rle
 
 CORPUS = Path(__file__).parent / "corpus"
 # The first byte of a server's or a client's input; see fuzz_page_call.c.
 RAW, GREETED, CALLED, SCRIPT = (bytes([mode]) for mode in range(4))
+CALLED_COMPRESSING, SCRIPT_COMPRESSING = b"\x06", b"\x07"
 
 
 def request(first_page, page_count, request_id=1, region=0):
@@ -30,6 +32,13 @@ def data_response(request_id, first_page, page_count):
 def zero_response(request_id, first_page, page_count):
     return pb.FetchPagesResponse(
         request_id=request_id, first_page=first_page, page_count=page_count, zero=pb.ZeroPages()
+    )
+
+
+def compressed_response(request_id, first_page, page_count, data):
+    content = pb.Compressed(compression=2, data=data)
+    return pb.FetchPagesResponse(
+        request_id=request_id, first_page=first_page, page_count=page_count, compressed=content
     )
 
 
@@ -49,6 +58,8 @@ def wire_seeds():
         "data": full.SerializeToString(),
         "zero": zero_response(1, 2, 3).SerializeToString(),
         "unknown": group + b"\x7a\x02xy" + b"\x35\0\0\0\0" + request(1, 1).SerializeToString() + b"\x3a\x02\x08\x01",
+        "compressed": compressed_response(1, 2, 3, b"frame").SerializeToString(),
+        "parts": b"\x42\x02\x08\x02\x42\x03\x12\x01x\x3a\x00\x42\x03\x12\x01y",
         "both": b"\x32\x01x\x3a\x00\x32\x00",
     }
 
@@ -83,6 +94,7 @@ def server_seeds():
         "call": RAW + PREFACE + serialized(settings, headers, asking, window, ping),
         "greeted": GREETED + serialized(headers, padded, asking),
         "called": CALLED + serialized(asking),
+        "compressing": CALLED_COMPRESSING + serialized(asking, window),
         "reset": CALLED + serialized(window, padded, reset),
         "refused": CALLED + serialized(bad),
         "http1": RAW + b"GET / HTTP/1.1\r\n\r\n",
@@ -95,6 +107,7 @@ def server_seeds():
         + ask
         + b"\x0b",
         "late": SCRIPT + b"\x08\x04\x64" + ask * 3 + b"\x8a" + ask + b"\x00\x01\x01" + ask + b"\x8a",
+        "heldcompressed": SCRIPT_COMPRESSING + b"\x08\x04\x00" + ask * 2 + b"\x06\x02" * 3 + b"\x05\x08",
         "held": SCRIPT + b"\x08\x04\x00" + ask + b"\x06\x02" * 3 + b"\x00\x01\x01" + b"\x82\x01\x00\x00\x02",
     }
 
@@ -114,12 +127,16 @@ def client_seeds():
     settings = frames.SettingsFrame(0, settings={frames.SettingsFrame.INITIAL_WINDOW_SIZE: 10})
     window = frames.WindowUpdateFrame(1, window_increment=1000)
     goaway = frames.GoAwayFrame(0, last_stream_id=1, additional_data=b"bye")
+    short = compressed_response(1, 0, 4, frame(rle(b"x", 4096), claims_bytes=16384))
+    dense = compressed_response(1, 0, 4, compressed(bytes(range(256)) * 64))
     lie = frames.DataFrame(1, prefixed(zero_response(9, 9, 9)))
     big = frames.DataFrame(1, struct.pack(">BI", 0, 1 << 30))
     honest_zero, honest_page = b"\x02\x03\x04", b"\x02\x35"
     return {
         "call": RAW + serialized(settings, headers, *data, window, goaway, trailers),
         "called": CALLED + serialized(*data, trailers),
+        "compressed": CALLED + serialized(frames.DataFrame(1, prefixed(dense)), trailers),
+        "short": CALLED + serialized(frames.DataFrame(1, prefixed(short))),
         "lie": CALLED + serialized(lie),
         "big": CALLED + serialized(big),
         "http1": RAW + b"HTTP/1.1 400 Bad Request\r\n\r\n",
