@@ -64,6 +64,7 @@ void mig_pager_go_live(struct mig_pager *pager);
 bool mig_pager_is_complete(const struct mig_pager *pager);
 int mig_pager_start_fault_thread(struct mig_pager *pager);
 int mig_pager_claim_urgent(struct mig_pager *pager, uint64_t *pages, uint32_t max_pages, uint64_t timeout_us);
+int mig_pager_give_back(struct mig_pager *pager, uint64_t first_page, uint64_t count_pages);
 uint32_t mig_pager_claim_run(struct mig_pager *pager, uint32_t max_pages, uint64_t *ret_first_page);
 int mig_pager_place_data(struct mig_pager *pager, uint64_t generation, uint64_t first_page, uint64_t count_pages,
                          const void *data, enum mig_page_kind kind, bool verify, uint64_t digest);

@@ -187,6 +187,10 @@ class Pager:
         count = lib.mig_pager_claim_run(self._pager, max_pages, first)
         return (first[0], count) if count else None
 
+    def give_back(self, first_page: int, count_pages: int) -> None:
+        """A request will not be answered: what is missing of its pages must be asked for again, by whoever comes."""
+        _check("queue pages again", lib.mig_pager_give_back(self._pager, first_page, count_pages))
+
     def place_data(
         self,
         first_page: int,
