@@ -10,7 +10,9 @@ from migrate.daemon.guests import GuestRegistry
 from migrate.daemon.peer import GrpcPeer
 from migrate.errors import AlreadyExistsError, ConfigError, GuestHolder, NotFoundError
 from migrate.native.exports import Exports
-from migrate.session.destination import DestinationSession, Twin
+from migrate.pager.fetcher import make_fetcher
+from migrate.session.destination import DestinationSession, FetcherOf, Twin
+from migrate.session.ports import PeerPort
 from migrate.session.record import MigrationRecord
 from migrate.session.rules import (
     HostFacts,
@@ -40,12 +42,24 @@ class MigrationRegistry:
         guests: The guests of this host.
         exports: Where source sessions publish pages.
         clock: Times every migration.
+        peer_of: Connects to another daemon, by its endpoint and role.
+        fetcher_of: Makes what fetches pages from there.
     """
 
-    def __init__(self, guests: GuestRegistry, exports: Exports, clock: Clock) -> None:
+    def __init__(
+        self,
+        guests: GuestRegistry,
+        exports: Exports,
+        clock: Clock,
+        *,
+        peer_of: Callable[[Endpoint, str], PeerPort] = GrpcPeer,
+        fetcher_of: FetcherOf = make_fetcher,
+    ) -> None:
         self._guests = guests
         self._exports = exports
         self._clock = clock
+        self._peer_of = peer_of
+        self._fetcher_of = fetcher_of
         self._sources: dict[str, SourceSession] = {}
         self._destinations: dict[str, DestinationSession] = {}
         self._records: dict[str, MigrationRecord] = {}
@@ -77,7 +91,7 @@ class MigrationRegistry:
             request,
             kind,
             guest.client,
-            GrpcPeer(to, "destination"),
+            self._peer_of(to, "destination"),
             self._exports,
             page_endpoint=self.page_endpoints[choose_transport(request.transport)],
             control_endpoint=self.control_endpoint,
@@ -127,8 +141,9 @@ class MigrationRegistry:
                 request,
                 page_endpoint,
                 lambda description: self._build_twin(description, request.migration_id),
-                GrpcPeer(control_endpoint, "source"),
+                self._peer_of(control_endpoint, "source"),
                 self._clock,
+                self._fetcher_of,
             )
             self._destinations[request.migration_id] = session
             self._records[request.migration_id] = session.record
