@@ -142,6 +142,7 @@ def test_source_compresses_only_what_was_asked_for_and_agreed_on(name):
         control_endpoint=Endpoint("127.0.0.1", 2),
         clock=Clock(),
         on_guest_left=lambda: None,
+        on_guest_stays=lambda: None,
     )
     session.run()
     assert session.record.snapshot().error.message == "enough was seen"
