@@ -7,6 +7,7 @@ import pytest
 from migrate.v1 import guest_service_pb2 as guest
 from migrate.v1 import types_pb2 as types
 from tests.harness import cli
+from tests.harness.operator import ask, check_moved, check_runs, is_free, start, start_detached, status
 from tests.harness.waiting import wait_until
 
 pytestmark = [pytest.mark.kvm, pytest.mark.uffd]
@@ -39,58 +40,10 @@ def make_guest(source, destination):
             daemon.guests.DeleteGuest(guest.DeleteGuestRequest(name=name), timeout=30)
 
 
-def is_free(daemon, name):
-    """Whether no migration holds a guest, which may be gone."""
-    return name not in daemon.guest_names() or daemon.guest(name).migration_id == ""
-
-
-def ask(daemon, *words, exit_code=0):
-    """Run a command against a daemon, and check how it ended."""
-    result = cli.run(*words, daemon=daemon)
-    assert result.exit_code == exit_code, (result.stdout, result.stderr)
-    return result
-
-
-def start(source, destination, name, *options, exit_code=0):
-    """`migrate start`, followed to its end; the report."""
-    words = ("start", name, "--to", destination.address, *options, "--json")
-    return cli.json_of(ask(source, *words, exit_code=exit_code))
-
-
-def start_detached(source, destination, name, *options):
-    """`migrate start --detach`; the migration's id."""
-    words = ("start", name, "--to", destination.address, *options, "--detach", "--json")
-    return cli.json_of(ask(source, *words))["migration_id"]
-
-
-def status(daemon, migration_id):
-    return cli.json_of(ask(daemon, "status", migration_id, "--json"))
-
-
 def wait_for_rounds(source, migration_id, rounds=2):
     """Until so many rounds of the dirty log are over: the precopy waits by now."""
     wait_until(lambda: source.migration(migration_id).generation > rounds, 30, f"{rounds} rounds of precopy")
     assert source.migration(migration_id).state == types.MIGRATION_STATE_PRECOPY
-
-
-def check_moved(source, destination, name, report):
-    """The guest is at the destination alone, runs there, and every page is as it left it."""
-    assert (report["state"], report["guest_errors"]) == ("completed", 0)
-    pages = report["pages"]
-    assert pages["total"] == report["memory_bytes"] // report["page_size_bytes"]
-    assert pages["zero"] + pages["precopy"] + pages["urgent"] + pages["background"] == pages["total"]
-    assert 0 < report["downtime_us"] < report["total_us"]
-    wait_until(lambda: name not in source.guest_names(), 10, "the source to let the guest go")
-    check_runs(destination, name)
-
-
-def check_runs(daemon, name):
-    """The guest touches pages, and an audit finds all of them as they should be."""
-    before = daemon.statistics(name).touches
-    wait_until(lambda: daemon.statistics(name).touches > before, 20, "the guest to touch more pages")
-    audited = cli.json_of(ask(daemon, "guest", "stats", name, "--audit", "--json"))
-    assert (audited["errors"], audited["first_error"]) == (0, None)
-    assert audited["audits"] >= 1
 
 
 # ---- modes ----

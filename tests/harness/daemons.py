@@ -118,6 +118,10 @@ class DaemonProcess:
         request = migration.GetMigrationRequest(migration_id=migration_id)
         return self.migrations.GetMigration(request, timeout=CALL_S).migration
 
+    def cancel(self, migration_id):
+        request = migration.CancelMigrationRequest(migration_id=migration_id)
+        return self.migrations.CancelMigration(request, timeout=CALL_S).migration
+
     def wait_final(self, migration_id, deadline_s=50):
         def final():
             found = self.migration(migration_id)
