@@ -58,7 +58,7 @@ def test_process_guest_moves_while_it_runs(source, destination):
     name = next(_names)
     source.create(name, kind="process", memory_mib=32, vcpus=2)
     source.wait_populated(name)
-    moved = source.migrate(destination, name)
+    moved = source.migrate(destination, name, max_bandwidth_bytes_per_s=100_000_000)
     check_moved(source, destination, name, moved)
     assert moved.pages.urgent > 0
     delete(destination, name)
