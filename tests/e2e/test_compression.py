@@ -56,7 +56,7 @@ def test_demo_moves_every_page_compressed(tmp_path, mode):
     if mode == "postcopy":
         # Nothing moves twice, and the workload's pages are nearly empty.
         moved_one_by_one = report["pages"]["urgent"] * report["page_size_bytes"]
-        assert report["bytes_on_wire"] - moved_one_by_one < report["memory_bytes"] / 8
+        assert report["bytes_on_wire"] - moved_one_by_one < report["memory_bytes"] / 2
     assert list(tmp_path.iterdir()) == []
 
 
