@@ -18,6 +18,7 @@ from migrate.native.exports import Exports
 from migrate.session.convergence import Next, Round, Terms, next_step
 from migrate.session.ports import GuestPort, PeerPort
 from migrate.telemetry.clock import Clock
+from migrate.units import pages_to_bytes
 from migrate.v1 import transfer_service_pb2 as transfer
 from migrate.v1 import types_pb2 as types
 
@@ -28,8 +29,8 @@ _SILENT_S = 5.0
 _BLOCK_BYTES = 4096
 # Well below what gRPC takes in a message.
 _REQUEST_BYTES_MAX = 1 << 20
-# Less than this says little about a link.
-_BANDWIDTH_SAMPLE_BYTES = 4 << 20
+# Fewer than this say little about a link.
+_BANDWIDTH_SAMPLE_PAGES = 1024
 
 
 class Precopy:
@@ -59,7 +60,7 @@ class Precopy:
         self._looked_us = clock.now_us()
         self._rounds: list[Round] = []
         self._bandwidth_bytes_per_s = 0.0
-        self._moved_bytes = 0  # in all waits so far
+        self._kept_pages = 0  # of those that came, what the last look left good
         self.generation = 0
 
     def begin(self) -> None:
@@ -99,6 +100,7 @@ class Precopy:
                 )
             fetch = step in (Next.ANOTHER_ROUND, Next.SWITCH_WITH_ALL)
             self._invalidate(stale, fetch=fetch)
+            self._kept_pages = max(0, self._kept_pages - dirty_pages)
             if fetch:
                 arrived = self._await_complete(on_incoming, is_forced)
             elif is_forced():
@@ -176,7 +178,6 @@ class Precopy:
     def _await_complete(self, on_incoming: Callable[[types.Migration], None], is_forced: Callable[[], bool]) -> bool:
         """Wait until all that may be fetched by now has arrived; False if the switchover was forced before."""
         begun_us = heard_us = self._clock.now_us()
-        begun_bytes = self._moved_bytes
         await_us = _AWAIT_LOOKING_US if self._defers else _AWAIT_US
         while not is_forced():
             try:
@@ -189,17 +190,18 @@ class Precopy:
             if incoming.state in (types.MIGRATION_STATE_FAILED, types.MIGRATION_STATE_CANCELLED):
                 raise MigrationAbortedError(f"the destination gave up in precopy: {incoming.error.message}")
             on_incoming(incoming)
-            self._moved_bytes = incoming.bytes_on_wire
-            self._measure(self._moved_bytes - begun_bytes, heard_us - begun_us)
+            # Pages, not bytes of the wire: they may be compressed there. Zeros cost nothing, and tell nothing.
+            self._measure(incoming.pages.precopy - self._kept_pages, heard_us - begun_us)
             if missing_pages(incoming.pages) == incoming.deferred_pages:
+                self._kept_pages = incoming.pages.precopy
                 return True
             if self._defers:
                 self._invalidate(self._look()[0], fetch=False)
         return False
 
-    def _measure(self, moved_bytes: int, duration_us: int) -> None:
-        if moved_bytes >= _BANDWIDTH_SAMPLE_BYTES or not self._bandwidth_bytes_per_s:
-            self._bandwidth_bytes_per_s = moved_bytes * 1_000_000 / max(1, duration_us)
+    def _measure(self, moved_pages: int, duration_us: int) -> None:
+        if moved_pages >= _BANDWIDTH_SAMPLE_PAGES or not self._bandwidth_bytes_per_s:
+            self._bandwidth_bytes_per_s = pages_to_bytes(max(0, moved_pages)) * 1_000_000 / max(1, duration_us)
 
 
 def missing_pages(pages: types.PageCounts) -> int:

@@ -71,7 +71,9 @@ def test_guest_moves_between_two_namespaces(namespaces):
     try:
         source.migrate("guest", "create", "g", "--memory", "64MiB", "--vcpus", "2")
         wait_until(lambda: source.json("guest", "show", "g")["state"] == "running", 20, "the guest to populate")
-        moved = source.json("start", "g", "--to", destination.address)
+        # Slow enough that the vCPUs run long before the background is through.
+        slowly = ["--mode", "postcopy", "--max-bandwidth", "100MB"]
+        moved = source.json("start", "g", "--to", destination.address, *slowly)
         assert moved["state"] == "completed"
         assert moved["pages"]["urgent"] > 0
         assert moved["guest_errors"] == 0
