@@ -1,0 +1,401 @@
+"""A whole migration in one process: two real registries with real sessions, pagers and page sources, and what may
+happen between them as steps. What must hold after every step is in tests.harness.model_checks.
+"""
+
+from dataclasses import dataclass, field
+
+from migrate.config import SWITCHOVER_DEADLINE_S, Endpoint
+from migrate.daemon.migrations import MigrationRegistry
+from migrate.errors import MigrateError
+from migrate.native.exports import Exports
+from migrate.session.states import State
+from migrate.v1 import migration_service_pb2 as operator
+from migrate.v1 import types_pb2 as types
+from tests.harness.model_control import ANSWERED, RUNNING, SENT, Control, ModelPeer
+from tests.harness.model_guest import PAGE, WRITTEN_BYTES, ModelGuest, ModelGuests, ModelTouch
+from tests.harness.model_link import REQUEST_PAGES_MAX, ModelLink
+from tests.harness.model_world import World
+
+NAME = "g"
+STEP_US = 1_000
+# Longer than any side waits for the other one before the switchover.
+LONG_US = 130_000_000
+ZERO = bytes(PAGE)
+_TURNS_MAX = 300
+_IDLE_TURNS = 3
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is drawn once for a migration.
+
+    Attributes:
+        filled: What each page holds at first: None for a hole, 0 for zeros, else data.
+        source_failing: Methods of the source's guest that fail, after so many calls.
+        twin_failing: Likewise of the twin's.
+        slow: Methods of both guests that wait at a gate.
+    """
+
+    mode: int
+    order: str
+    verify: bool
+    on_no_convergence: int
+    filled: tuple
+    source_failing: dict = field(default_factory=dict)
+    twin_failing: dict = field(default_factory=dict)
+    slow: frozenset = frozenset()
+    fails_to_connect: bool = False
+
+
+def content(number, page):
+    """A page's bytes: data that tells pages and values apart, or zeros for value 0."""
+    if not number:
+        return ZERO
+    return (number << 16 | page).to_bytes(8, "little") * (PAGE // 8)
+
+
+class Model:
+    """One migration, from its start on."""
+
+    def __init__(self, plan):
+        self.plan = plan
+        self.pages = len(plan.filled)
+        self.world = World()
+        self.control = Control(self.world)
+        self.links = []
+        self.touches = []
+        self.cancels = []
+        self.reference = [ZERO] * self.pages
+        self._exports = Exports()
+        no_exports = Exports()
+        self.at_source = ModelGuests(None, self._on_source_kill)
+        self.at_destination = ModelGuests(self._make_twin, self._on_twin_kill)
+        self.source_registry = self._registry(self.at_source, self._exports, "source")
+        self.destination_registry = self._registry(self.at_destination, no_exports, "destination")
+        self.source = self._make_source()
+        self.has_left = False
+        request = operator.StartMigrationRequest(
+            guest=NAME,
+            to="127.0.0.1:1",
+            mode=types.MigrationMode.ValueType(plan.mode),
+            order=plan.order,
+            verify=plan.verify,
+            on_no_convergence=types.NoConvergence.ValueType(plan.on_no_convergence),
+        )
+        self.migration_id = self.source_registry.start(request)
+        self.source_session = self.source_registry._sources[self.migration_id]
+        self.settle()
+
+    def _registry(self, guests, exports, role):
+        registry = MigrationRegistry(
+            guests, exports, self.world.clock, peer_of=self._peer_of, fetcher_of=self._fetcher_of
+        )
+        registry.control_endpoint = Endpoint("127.0.0.1", 2)
+        registry.page_endpoints = {types.PAGE_TRANSPORT_NATIVE_GRPC: Endpoint("127.0.0.1", 3)}
+        registry.role = role
+        return registry
+
+    def _peer_of(self, _endpoint, role):
+        registries = {"source": lambda: self.source_registry, "destination": lambda: self.destination_registry}
+        return ModelPeer(self.control, registries[role], self._on_invalidated)
+
+    def _fetcher_of(self, _transport, terms, _clock, on_failure):
+        link = ModelLink(
+            self.world, self._exports, terms, on_failure, fails_to_connect=self.plan.fails_to_connect
+        )
+        self.links.append(link)
+        return link
+
+    def _make_source(self):
+        spec = types.GuestSpec(
+            name=NAME, kind=types.GUEST_KIND_KVM, memory_bytes=self.pages * PAGE, vcpus=1, workload=types.WorkloadSpec()
+        )
+        description = types.GuestDescription(spec=spec, page_size_bytes=PAGE)
+        guest = ModelGuest(
+            self.world,
+            description,
+            slow=self.plan.slow,
+            failing=self.plan.source_failing,
+            on_resume=self._on_source_resume,
+        )
+        guest.is_loaded = guest.is_running = guest.has_run = True
+        for page, number in enumerate(self.plan.filled):
+            if number is not None:
+                self.reference[page] = content(number, page)
+                guest.write(page, self.reference[page])
+        self.at_source._make = lambda _: guest
+        self.at_source.add(description)
+        return guest
+
+    def _make_twin(self, description):
+        if "build" in self.plan.slow:
+            self.world.pass_gate("build")
+        empty = types.GuestDescription(spec=description.spec, page_size_bytes=PAGE)
+        return ModelGuest(
+            self.world, empty, slow=self.plan.slow, failing=self.plan.twin_failing, on_resume=self._on_twin_resume
+        )
+
+    # ---- what guests report ----
+
+    def _on_source_resume(self):
+        if any(twin.has_run for twin in self.at_destination.made):
+            self.world.violate("the guest was resumed at the source after it had run at the destination")
+
+    def _on_twin_resume(self):
+        if self.source.is_running:
+            self.world.violate("the guest was run at the destination while it ran at the source")
+        if self.source_state in (State.FAILED, State.CANCELLED):
+            self.world.violate("the guest was run at the destination after the source had taken it back")
+
+    def _on_source_kill(self, _guest):
+        self.has_left = True
+        if self.source_state is not State.COMPLETED:
+            self.world.violate(f"the source freed the guest in state {self.source_state}")
+        counters = self.link.counters() if self.link is not None else None
+        if not self.twin_runs or (counters is not None and counters.missing_pages):
+            self.world.violate("the source freed the guest before all pages were at the destination")
+
+    def _on_twin_kill(self, twin):
+        if twin.has_run:
+            self.world.violate("the twin was destroyed after it had run")
+
+    # ---- looking ----
+
+    @property
+    def source_state(self):
+        return self.source_session.record.state
+
+    @property
+    def destination_session(self):
+        return self.destination_registry._destinations.get(self.migration_id)
+
+    @property
+    def link(self):
+        return self.links[-1] if self.links else None
+
+    @property
+    def twin(self):
+        """The latest one that lives."""
+        return next((twin for twin in reversed(self.at_destination.made) if not twin.is_dead), None)
+
+    @property
+    def twin_runs(self):
+        return self.twin is not None and self.twin.is_running
+
+    def thread_of(self, registry):
+        role = f"{registry.role}-{self.migration_id}"
+        return next((thread for thread in registry._threads if thread.name == role), None)
+
+    @property
+    def is_over(self):
+        """Whether both sessions' threads have ended, and no call is left."""
+        threads = [self.thread_of(registry) for registry in (self.source_registry, self.destination_registry)]
+        return not any(thread is not None and thread.is_alive() for thread in threads) and not self.control.calls
+
+    # ---- waiting until nothing moves but by a step ----
+
+    def settle(self):
+        """Wait until every thread stands at a gate, waits for pages, or has ended."""
+        self.world.settle(self._moving)
+        self.touches = [touch for touch in self.touches if not self._take_in(touch)]
+
+    def _moving(self):
+        moving = []
+        source = self.thread_of(self.source_registry)
+        if source is not None and source.is_alive() and source not in self.world.blocked:
+            moving.append(f"source in {self.source_state}")
+        moving += self._moving_at_destination()
+        moving += [repr(call) for call in self.control.calls if call.stage == RUNNING and self._is_moving(call)]
+        moving += [f"touch of {touch.page}" for touch in self.touches if self._is_touch_moving(touch)]
+        moving += ["cancel" for thread, _ in self.cancels if self._is_cancel_moving(thread)]
+        moving += ["fetch-watch" for thread in list(self.world._threads) if self._is_watch_moving(thread)]
+        return moving
+
+    def _is_watch_moving(self, thread):
+        return thread.name == "fetch-watch" and thread.is_alive() and thread not in self.world.blocked
+
+    def _moving_at_destination(self):
+        thread = self.thread_of(self.destination_registry)
+        session = self.destination_session
+        if thread is None or not thread.is_alive() or thread in self.world.blocked:
+            return []
+        state = session.record.state
+        if state in (State.SETUP, State.PRECOPY):
+            waits = self.world.now_us - session._heard_us <= SWITCHOVER_DEADLINE_S * 1_000_000
+        elif state is State.SWITCHOVER:
+            waits = True  # for its call
+        elif state in (State.POSTCOPY, State.POSTCOPY_PAUSED):
+            counters = self.link.counters()
+            waits = (counters is not None and counters.missing_pages > 0) or (
+                self.link.is_joining and self.link.is_draining
+            )
+        else:
+            waits = False
+        return [] if waits else [f"destination in {state}"]
+
+    def _is_moving(self, call):
+        """Whether a call's handler has something to do."""
+        if any(thread.name == f"handle-{call.name}" for thread in self.world.blocked):
+            return False
+        if call.name != "switch_over":
+            return True
+        # It may wait for the last pages, until the clock says that it took too long.
+        counters = self.link.counters()
+        is_in_time = self.world.now_us < call.delivered_us + call.request.complete_within_us
+        is_waiting = self.destination_session.record.state is State.SWITCHOVER and self.link.is_active and is_in_time
+        return not (is_waiting and counters is not None and counters.missing_pages)
+
+    def _is_touch_moving(self, touch):
+        if touch.is_done or touch.twin.is_populated(touch.page):
+            return not touch.is_done
+        counters = self.link.counters()
+        return not self.link.has_failed if counters is None else counters.faults <= touch.faults_before
+
+    def _is_cancel_moving(self, thread):
+        return thread.is_alive() and self.source_state is not State.CANCELLING
+
+    def _take_in(self, touch):
+        """Compare what a touch found, once it is done."""
+        if not touch.is_done:
+            return False
+        if touch.found != self.reference[touch.page]:
+            self.world.violate(f"the guest read wrong bytes of page {touch.page}")
+        return True
+
+    # ---- steps of the guest ----
+
+    def write(self, page, number):
+        """The guest writes a page at the source."""
+        self.reference[page] = content(number, page)
+        self.source.write(page, self.reference[page])
+
+    def touch(self, page, number):
+        """The guest touches a page at the destination, and with a number writes a part of it."""
+        if any(touch.page == page for touch in self.touches):
+            return
+        written = None
+        if number is not None:
+            offset = number * WRITTEN_BYTES % PAGE
+            data = content(number, page)[:WRITTEN_BYTES]
+            written = (offset, data)
+            before = self.reference[page]
+            self.reference[page] = before[:offset] + data + before[offset + WRITTEN_BYTES :]
+        counters = self.link.counters()
+        touch = ModelTouch(self.world, self.twin, page, written)
+        touch.twin = self.twin
+        touch.faults_before = counters.faults if counters is not None else 0
+        self.twin.touches += 1
+        self.touches.append(touch)
+        self.settle()
+
+    # ---- steps of the page call ----
+
+    def requests(self, *, served):
+        """Requests under way, those with a reply or those without."""
+        return [one for one in (self.link.in_flight if self.link else []) if (one.runs is not None) is served]
+
+    def flow(self):
+        """Every page that may move does."""
+        link = self.link
+        while link is not None and link.is_active:
+            link.ask_urgent()
+            link.ask_background(REQUEST_PAGES_MAX)
+            for request in list(link.in_flight):
+                if request.runs is None:
+                    link.read(request)
+                if request.runs is not None:
+                    link.deliver(request)
+            if not link.in_flight:
+                break
+        self.settle()
+
+    # ---- steps of the control calls ----
+
+    def stale_on_the_way(self):
+        """Pages that the source took from the log, and that the destination has not been told of."""
+        return self.source.taken
+
+    def _on_invalidated(self, request):
+        for part in request.stale:
+            bits = int.from_bytes(part.bitmap, "little")
+            self.source.taken -= {part.first_page + bit for bit in range(bits.bit_length()) if bits >> bit & 1}
+
+    def calls(self, *stages):
+        return [call for call in self.control.calls if call.stage in stages]
+
+    def pass_call(self, call):
+        """Deliver a call, and its answer if it can be had at once."""
+        if call.stage == SENT:
+            self.control.deliver(call)
+            self.settle()
+        if call.stage == ANSWERED and call.caller is not None:
+            self.control.answer(call)
+            self.settle()
+
+    # ---- steps of the operator ----
+
+    def force(self):
+        try:
+            self.source_registry.start_switchover(self.migration_id)
+        except MigrateError as error:
+            return error
+        return None
+
+    def cancel(self):
+        outcome = []
+
+        def run():
+            try:
+                outcome.append(self.source_registry.cancel(self.migration_id))
+            except MigrateError as error:
+                outcome.append(error)
+
+        self.cancels.append((self.world.spawn("cancel", run), outcome))
+        self.settle()
+
+    # ---- the end ----
+
+    def drive(self):
+        """Let everything happen until the migration is over, or can go no further."""
+        idle_turns = 0
+        for _ in range(_TURNS_MAX):
+            if self.is_over:
+                return
+            seen = self._progress()
+            while self.world.gates:
+                self.world.open_gate(0)
+                self.settle()
+            self.flow()
+            for call in list(self.control.calls):
+                if call in self.control.calls:
+                    self.pass_call(call)
+            self.world.now_us += STEP_US
+            idle_turns = idle_turns + 1 if self._progress() == seen else 0
+            if idle_turns == _IDLE_TURNS:
+                if self._is_stuck():
+                    return
+                self.world.now_us += LONG_US
+                self.settle()
+                idle_turns = 0
+
+    def _progress(self):
+        session = self.destination_session
+        counters = self.link.counters() if self.link else None
+        states = [one and (one.record.state, one.record.snapshot().generation) for one in (self.source_session, session)]
+        return states, counters, [call.name for call in self.control.calls]
+
+    def _is_stuck(self):
+        """The page call is gone, so both halves wait for ever, as they should."""
+        return self.link is not None and self.link.has_failed
+
+    def close(self):
+        """End what is left, as daemons do that shut down."""
+        self.world.open_all()
+        self.control.go_down()
+        self.source_registry.close()
+        self.destination_registry.close()
+        for guest in [self.source, *self.at_destination.made]:
+            guest.kill()
+        self.world.join_all()
+        for guest in [self.source, *self.at_destination.made]:
+            guest.free()

@@ -1,0 +1,234 @@
+"""Both sides of a migration, driven with cuts, delays, losses, refusals and reordering; see tests.harness.model."""
+
+import gc
+import os
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+
+from migrate.session import destination, precopy, source
+from migrate.v1 import types_pb2 as types
+from tests.harness.model import LONG_US, Model, Plan
+from tests.harness.model_checks import check_end, check_step
+from tests.harness.model_control import ANSWERED, RUNNING, SENT
+from tests.harness.model_link import REQUEST_PAGES_MAX
+
+pytestmark = pytest.mark.uffd
+
+PAGES_MIN, PAGES_MAX = 48, 96
+EXAMPLES = 200
+STEPS = 30
+VALUES = st.integers(0, 250)
+# What the sessions wait by themselves between two looks; the order of things is the model's.
+FAST = {
+    source: {"_POLL_S": 0.001, "_RETRY_FIRST_S": 0.001, "_RETRY_MAX_S": 0.001, "_PEER_SILENT_POLLS_MAX": 2},
+    precopy: {"_AWAIT_US": 1_000},
+    destination: {"_POLL_US": 1_000, "_RETRY_S": 0.001, "_OBSERVE_S": 0.001},
+}
+SOURCE_METHODS = ("pause", "save_state", "start_dirty_log", "sync_dirty_log")
+TWIN_METHODS = ("arm", "load_state", "resume")
+SLOW_METHODS = ("build", "arm", "pause", "save_state", "load_state", "resume", "sync_dirty_log", "stop_dirty_log")
+
+contents = st.one_of(st.none(), st.just(0), st.integers(1, 250))
+runs_of_content = st.lists(st.tuples(contents, st.integers(1, 24)), min_size=1, max_size=8)
+
+
+def filled(runs, pages):
+    """What each page holds, from runs of equal content that are repeated to the end."""
+    made = []
+    while len(made) < pages:
+        for value, count in runs:
+            made += [value] * count
+    return tuple(made[:pages])
+
+
+def failing(methods):
+    """Mostly none; else a method that fails, at its first or a later call."""
+    one = st.dictionaries(st.sampled_from(methods), st.integers(0, 2), min_size=1, max_size=1)
+    return st.one_of(st.just({}), st.just({}), st.just({}), one)
+
+
+plans = st.builds(
+    lambda pages, runs, **rest: Plan(filled=filled(runs, pages), **rest),
+    pages=st.integers(PAGES_MIN, PAGES_MAX),
+    runs=runs_of_content,
+    mode=st.sampled_from([types.MIGRATION_MODE_HYBRID, types.MIGRATION_MODE_PRECOPY, types.MIGRATION_MODE_POSTCOPY]),
+    order=st.sampled_from(["precopy", "follow", "bubble"]),
+    verify=st.booleans(),
+    on_no_convergence=st.sampled_from(
+        [types.NO_CONVERGENCE_POSTCOPY, types.NO_CONVERGENCE_WAIT, types.NO_CONVERGENCE_FAIL]
+    ),
+    source_failing=failing(SOURCE_METHODS),
+    twin_failing=failing(TWIN_METHODS),
+    slow=st.one_of(st.just(frozenset()), st.frozensets(st.sampled_from(SLOW_METHODS))),
+    fails_to_connect=st.sampled_from([False] * 9 + [True]),
+)
+
+
+def when(condition):
+    """A rule that applies only if the model is so."""
+    return precondition(lambda self: self.model is not None and condition(self.model))
+
+
+class MigrationMachine(RuleBasedStateMachine):
+    """Steps in any order; each leaves all threads at rest."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = None
+        self.fds_before = len(os.listdir("/proc/self/fd"))
+        self.threads_before = len(os.listdir("/proc/self/task"))
+
+    @initialize(plan=plans)
+    def start(self, plan):
+        self.model = Model(plan)
+
+    # ---- the guest ----
+
+    @when(lambda model: model.source.is_running)
+    @rule(writes=st.lists(st.tuples(st.integers(0, PAGES_MAX - 1), VALUES), min_size=1, max_size=6))
+    def write_at_source(self, writes):
+        for page, value in writes:
+            self.model.write(page % self.model.pages, value)
+
+    @when(lambda model: model.twin_runs)
+    @rule(page=st.integers(0, PAGES_MAX - 1), value=st.none() | st.integers(1, 250))
+    def touch_at_destination(self, page, value):
+        self.model.touch(page % self.model.pages, value)
+
+    @when(lambda model: model.world.gates)
+    @rule(index=st.integers(0, 3))
+    def let_guest_go_on(self, index):
+        self.model.world.open_gate(index % len(self.model.world.gates))
+        self.model.settle()
+
+    # ---- the page call ----
+
+    @when(lambda model: model.link is not None and model.link.is_active)
+    @rule(max_pages=st.integers(1, REQUEST_PAGES_MAX), times=st.integers(1, 4))
+    def ask(self, max_pages, times):
+        self.model.link.ask_urgent()
+        for _ in range(times):
+            self.model.link.ask_background(max_pages)
+
+    @when(lambda model: any(one.generation is None for one in model.requests(served=False)))
+    @rule(index=st.integers(0, 7))
+    def begin_to_read(self, index):
+        waiting = [one for one in self.model.requests(served=False) if one.generation is None]
+        self.model.link.label(waiting[index % len(waiting)])
+        self.model.settle()
+
+    @when(lambda model: model.requests(served=False))
+    @rule(index=st.integers(0, 7), times=st.integers(1, 3))
+    def read(self, index, times):
+        for _ in range(times):
+            if waiting := self.model.requests(served=False):
+                self.model.link.read(waiting[index % len(waiting)])
+        self.model.settle()
+
+    @when(lambda model: model.requests(served=True))
+    @rule(index=st.integers(0, 7), times=st.integers(1, 3))
+    def deliver_pages(self, index, times):
+        for _ in range(times):
+            if served := self.model.requests(served=True):
+                self.model.link.deliver(served[index % len(served)])
+        self.model.settle()
+
+    @when(lambda model: model.link is not None and model.link.is_active)
+    @rule()
+    def move_all_pages(self):
+        self.model.flow()
+
+    @when(lambda model: model.link is not None and model.link.in_flight)
+    @rule()
+    def cut(self):
+        self.model.link.cut()
+        self.model.settle()
+
+    @when(lambda model: model.link is not None and model.link.is_active)
+    @rule(really=st.sampled_from([False] * 7 + [True]))
+    def lose_page_call_for_good(self, really):
+        if really:
+            self.model.link.fail()
+            self.model.settle()
+
+    # ---- the control calls ----
+
+    @when(lambda model: model.calls(SENT, ANSWERED))
+    @rule(index=st.integers(0, 3), times=st.integers(1, 4))
+    def pass_calls(self, index, times):
+        for _ in range(times):
+            if calls := self.model.calls(SENT, ANSWERED):
+                self.model.pass_call(calls[index % len(calls)])
+
+    @when(lambda model: model.calls(SENT))
+    @rule(index=st.integers(0, 3))
+    def deliver_call(self, index):
+        calls = self.model.calls(SENT)
+        self.model.control.deliver(calls[index % len(calls)])
+        self.model.settle()
+
+    @when(lambda model: any(call.caller for call in model.control.calls))
+    @rule(index=st.integers(0, 3), will_arrive=st.booleans())
+    def lose_call(self, index, will_arrive):
+        calls = [call for call in self.model.calls(SENT, RUNNING, ANSWERED) if call.caller is not None]
+        self.model.control.give_up(calls[index % len(calls)], will_arrive=will_arrive)
+        self.model.settle()
+
+    # ---- the operator, and time ----
+
+    @when(lambda model: True)
+    @rule()
+    def force_switchover(self):
+        self.model.force()
+
+    @when(lambda model: len(model.cancels) < 2)
+    @rule(really=st.sampled_from([False, False, True]))
+    def cancel(self, really):
+        if really:
+            self.model.cancel()
+
+    @when(lambda model: True)
+    @rule(duration_us=st.sampled_from([1_000, 10_000, 2_000_000, 6_000_000, LONG_US]))
+    def let_time_pass(self, duration_us):
+        self.model.world.now_us += duration_us
+        self.model.settle()
+
+    @invariant()
+    def holds(self):
+        if self.model is not None:
+            check_step(self.model)
+
+    def teardown(self):
+        if self.model is None:
+            return
+        model, self.model = self.model, None
+        try:
+            model.drive()
+            check_end(model)
+        finally:
+            model.close()
+        assert not model.world.violations, model.world.violations
+        del model
+        if len(os.listdir("/proc/self/fd")) > self.fds_before:
+            gc.collect()
+        assert len(os.listdir("/proc/self/fd")) <= self.fds_before, "a descriptor was left open"
+        assert len(os.listdir("/proc/self/task")) <= self.threads_before, "a thread was left behind"
+
+
+@pytest.mark.timeout(3600 if settings.default.max_examples > EXAMPLES else 60)
+def test_whole_guest_is_somewhere_once_whatever_happens(monkeypatch):
+    for module, values in FAST.items():
+        for name, value in values.items():
+            monkeypatch.setattr(module, name, value)
+    run_state_machine_as_test(
+        MigrationMachine,
+        settings=settings(
+            max_examples=max(EXAMPLES, settings.default.max_examples),
+            stateful_step_count=STEPS,
+            deadline=None,
+            suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+        ),
+    )
