@@ -116,5 +116,8 @@ class MigrationRecord:
     def _publish(self) -> None:
         self._migration.state = types.MigrationState.ValueType(self._machine.state.value)
         self._migration.holder = wire_holder(self._machine.holder)
+        if self._migration.HasField("error"):
+            # An error that was got over is shown still, but the guest may have moved on since.
+            self._migration.error.holder = self._migration.holder
         self._version += 1
         self._changed.notify_all()
