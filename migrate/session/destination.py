@@ -154,9 +154,16 @@ class DestinationSession:
                 *_, self._memfds = self._twin.guest.describe()
                 self._pager.begin_precopy(self._memfds[0], verify=self._request.verify)
             self._fetcher.connect()
+            with self.record.lock:
+                # An abort that came meanwhile could not destroy what was not there yet.
+                if self.record.is_final:
+                    raise MigrationAbortedError("the source gave up while the twin was being built")
         except MigrateError as error:
             error.holder = GuestHolder.SOURCE
-            self._give_up(Event.REFUSED, error)
+            with self.record.lock:
+                self._destroy_twin()
+                if self.record.can(Event.REFUSED):
+                    self.record.on(Event.REFUSED, error)
             self._close()
             raise
 
@@ -410,11 +417,14 @@ class DestinationSession:
 
     def _give_up(self, event: Event, error: MigrateError) -> None:
         """Destroy the twin, then say so: once the state is final, the guest can never run here."""
+        self._destroy_twin()
+        self.record.on(event, error)
+
+    def _destroy_twin(self) -> None:
         if self._pager is not None:
             self._pager.stop()
         if self._twin is not None:
             self._twin.destroy()
-        self.record.on(event, error)
 
     def _close(self) -> None:
         if self._pager is not None:
