@@ -133,8 +133,7 @@ class SourceSession:
         try:
             self._prepare()
             self._switch_over(self._copy_before())
-            if not self.record.is_final:
-                self._serve_until_end()
+            self._serve_until_end()
         except _CancelledError:
             self._undo()
         except MigrateError as error:
