@@ -10,7 +10,7 @@ import mmap
 import os
 
 from migrate.daemon.guests import GuestRegistry, HostedGuest
-from migrate.errors import AlreadyExistsError, GuestBusyError, KvmError, UffdUnavailableError
+from migrate.errors import AlreadyExistsError, GuestBusyError, GuestGoneError, KvmError, UffdUnavailableError
 from migrate.native import uffd
 from migrate.v1 import types_pb2 as types
 
@@ -75,6 +75,7 @@ class ModelGuest:
     # ---- GuestPort ----
 
     def describe(self):
+        self._enter("describe")
         description = types.GuestDescription()
         description.CopyFrom(self._description)
         description.regions.add(
@@ -88,7 +89,7 @@ class ModelGuest:
 
     def resume(self):
         self._enter("resume")
-        if not self.is_loaded or self.is_dead:
+        if not self.is_loaded:
             raise GuestBusyError("the guest has not arrived yet")
         self._on_resume()
         self.is_running = self.has_run = True
@@ -100,7 +101,7 @@ class ModelGuest:
 
     def load_state(self, state):
         self._enter("load_state")
-        if self.is_loaded or self.is_dead:
+        if self.is_loaded:
             raise GuestBusyError("the guest has a state already")
         touches = int(state.split()[-2])
         assert state == _STATE % touches
@@ -142,6 +143,7 @@ class ModelGuest:
             self._log_memfd = None
 
     def statistics(self):
+        self._enter("statistics")
         return types.GuestStatistics(touches=self.touches)
 
     def close(self):
@@ -195,6 +197,8 @@ class ModelGuest:
     def _enter(self, method):
         if method in self._slow:
             self._world.pass_gate(method)
+        if self.is_dead:
+            raise GuestGoneError("the guest process is gone")
         if method in self._failing:
             self._failing[method] -= 1
             if self._failing[method] < 0:
