@@ -230,8 +230,8 @@ class DestinationSession:
         started_us = self._clock.now_us()
         self._memory_digest = request.memory_digest
         try:
-            if request.complete_within_us and not self._pager.wait_done(request.complete_within_us):
-                raise MigrationAbortedError("the pages of the last round did not come in time")
+            if request.complete_within_us:
+                self._await_last_round(self._pager, started_us + request.complete_within_us)
             self._pager.go_live()
             # The stream goes on while the state is loaded: both take time, and neither needs the other.
             if self._is_fetching:
@@ -255,6 +255,18 @@ class DestinationSession:
             if self._fetch_error is not None:
                 self._on_fetch_failure(self._fetch_error)
         return transfer.SwitchoverResponse(load_state_us=loaded_us - started_us, resume_us=running_us - loaded_us)
+
+    def _await_last_round(self, pager: Pager, until_us: int) -> None:
+        """Wait until no page is missing.
+
+        Raises:
+            MigrateError: that takes too long, or pages come no more.
+        """
+        while not pager.wait_done(_POLL_US):
+            if self._fetch_error is not None:
+                raise self._fetch_error
+            if self._clock.now_us() >= until_us:
+                raise MigrationAbortedError("the pages of the last round did not come in time")
 
     def abort(self, reason: str) -> None:
         """Undo Prepare and never run the guest. Repeating it is harmless.
