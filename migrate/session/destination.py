@@ -439,14 +439,14 @@ class DestinationSession:
             self._twin.destroy()
 
     def _close(self) -> None:
-        if self._pager is not None:
-            self._pager.stop()
-        self._fetcher.close()
         with self.record.lock:
             pager, self._pager = self._pager, None
         if pager is not None:
             pager.stop()
+            # They look at the fetcher too.
             self.record.wait_state(lambda _: not self._pager_users, _USERS_LEAVE_S)
+        self._fetcher.close()
+        if pager is not None:
             pager.close()
         for memfd in self._memfds:
             os.close(memfd)
