@@ -21,7 +21,7 @@ STEP_US = 1_000
 # Longer than any side waits for the other one before the switchover.
 LONG_US = 130_000_000
 ZERO = bytes(PAGE)
-_TURNS_MAX = 300
+_TURNS_MAX = 60
 _IDLE_TURNS = 3
 
 
@@ -41,6 +41,7 @@ class Plan:
     verify: bool
     on_no_convergence: int
     filled: tuple
+    downtime_limit_us: int = 0
     source_failing: dict = field(default_factory=dict)
     twin_failing: dict = field(default_factory=dict)
     slow: frozenset = frozenset()
@@ -80,6 +81,7 @@ class Model:
             mode=types.MigrationMode.ValueType(plan.mode),
             order=plan.order,
             verify=plan.verify,
+            downtime_limit_us=plan.downtime_limit_us,
             on_no_convergence=types.NoConvergence.ValueType(plan.on_no_convergence),
         )
         self.migration_id = self.source_registry.start(request)
@@ -288,6 +290,10 @@ class Model:
         self.touches.append(touch)
         self.settle()
 
+    def unpopulated(self):
+        """Pages whose touch by the guest at the destination is a fault."""
+        return [page for page in range(self.pages) if not self.twin.is_populated(page)]
+
     # ---- steps of the page call ----
 
     def requests(self, *, served):
@@ -358,9 +364,11 @@ class Model:
     def drive(self):
         """Let everything happen until the migration is over, or can go no further."""
         idle_turns = 0
-        for _ in range(_TURNS_MAX):
+        for turn in range(_TURNS_MAX):
             if self.is_over:
                 return
+            if turn == _TURNS_MAX // 2:
+                self.force()  # what would wait for ever
             seen = self._progress()
             while self.world.gates:
                 self.world.open_gate(0)

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
-from migrate.session import destination, precopy, source
+from migrate.session import convergence, destination, precopy, source
 from migrate.v1 import types_pb2 as types
 from tests.harness.model import LONG_US, Model, Plan
 from tests.harness.model_checks import check_end, check_step
@@ -20,19 +20,22 @@ pytestmark = pytest.mark.uffd
 
 PAGES_MIN, PAGES_MAX = 48, 96
 EXAMPLES = 200
-STEPS = 30
+STEPS = 40
 VALUES = st.integers(0, 250)
 # What the sessions wait by themselves between two looks; the order of things is the model's.
 FAST = {
     source: {"_POLL_S": 0.001, "_RETRY_FIRST_S": 0.001, "_RETRY_MAX_S": 0.001, "_PEER_SILENT_POLLS_MAX": 2},
     precopy: {"_AWAIT_US": 1_000},
+    convergence: {"SETTLED_PAGES": 2},
     destination: {"_POLL_US": 1_000, "_RETRY_S": 0.001, "_OBSERVE_S": 0.001},
 }
 SOURCE_METHODS = ("pause", "save_state", "start_dirty_log", "sync_dirty_log")
 TWIN_METHODS = ("arm", "load_state", "resume")
 SLOW_METHODS = ("build", "arm", "pause", "save_state", "load_state", "resume", "sync_dirty_log", "stop_dirty_log")
 
-contents = st.one_of(st.none(), st.just(0), st.integers(1, 250))
+RARELY = st.sampled_from([False] * 7 + [True])
+
+contents = st.one_of(st.integers(1, 250), st.integers(1, 250), st.none(), st.just(0))
 runs_of_content = st.lists(st.tuples(contents, st.integers(1, 24)), min_size=1, max_size=8)
 
 
@@ -48,7 +51,7 @@ def filled(runs, pages):
 def failing(methods):
     """Mostly none; else a method that fails, at its first or a later call."""
     one = st.dictionaries(st.sampled_from(methods), st.integers(0, 2), min_size=1, max_size=1)
-    return st.one_of(st.just({}), st.just({}), st.just({}), one)
+    return st.sampled_from([False] * 9 + [True]).flatmap(lambda really: one if really else st.just({}))
 
 
 plans = st.builds(
@@ -61,10 +64,12 @@ plans = st.builds(
     on_no_convergence=st.sampled_from(
         [types.NO_CONVERGENCE_POSTCOPY, types.NO_CONVERGENCE_WAIT, types.NO_CONVERGENCE_FAIL]
     ),
+    # Little enough that no round is ever small enough; enough for rounds of a few pages; the default.
+    downtime_limit_us=st.sampled_from([1, 6_100, 0]),
     source_failing=failing(SOURCE_METHODS),
     twin_failing=failing(TWIN_METHODS),
     slow=st.one_of(st.just(frozenset()), st.frozensets(st.sampled_from(SLOW_METHODS))),
-    fails_to_connect=st.sampled_from([False] * 9 + [True]),
+    fails_to_connect=st.sampled_from([False] * 19 + [True]),
 )
 
 
@@ -82,9 +87,11 @@ class MigrationMachine(RuleBasedStateMachine):
         self.fds_before = len(os.listdir("/proc/self/fd"))
         self.threads_before = len(os.listdir("/proc/self/task"))
 
-    @initialize(plan=plans)
-    def start(self, plan):
+    @initialize(plan=plans, calls=st.integers(0, 3))
+    def start(self, plan, calls):
         self.model = Model(plan)
+        for _ in range(calls):
+            self.pass_calls(0, 1)
 
     # ---- the guest ----
 
@@ -93,6 +100,19 @@ class MigrationMachine(RuleBasedStateMachine):
     def write_at_source(self, writes):
         for page, value in writes:
             self.model.write(page % self.model.pages, value)
+
+    @when(lambda model: model.source.is_running and model.link is not None and model.link.in_flight)
+    @rule(index=st.integers(0, 7), values=st.lists(VALUES, min_size=1, max_size=6))
+    def write_what_is_on_its_way(self, index, values):
+        request = self.model.link.in_flight[index % len(self.model.link.in_flight)]
+        for offset, value in enumerate(values[: request.count_pages]):
+            self.model.write(request.first_page + offset, value)
+
+    @when(lambda model: model.twin_runs)
+    @rule(index=st.integers(0, PAGES_MAX - 1), value=st.none() | st.integers(1, 250))
+    def touch_what_is_missing(self, index, value):
+        if missing := self.model.unpopulated():
+            self.model.touch(missing[index % len(missing)], value)
 
     @when(lambda model: model.twin_runs)
     @rule(page=st.integers(0, PAGES_MAX - 1), value=st.none() | st.integers(1, 250))
@@ -138,18 +158,26 @@ class MigrationMachine(RuleBasedStateMachine):
         self.model.settle()
 
     @when(lambda model: model.link is not None and model.link.is_active)
-    @rule()
-    def move_all_pages(self):
-        self.model.flow()
-
-    @when(lambda model: model.link is not None and model.link.in_flight)
-    @rule()
-    def cut(self):
-        self.model.link.cut()
-        self.model.settle()
+    @rule(times=st.integers(1, 4), max_pages=st.integers(1, REQUEST_PAGES_MAX))
+    def ask_and_read(self, times, max_pages):
+        self.ask(max_pages, times)
+        self.read(0, PAGES_MAX)
 
     @when(lambda model: model.link is not None and model.link.is_active)
-    @rule(really=st.sampled_from([False] * 7 + [True]))
+    @rule(really=st.booleans())
+    def move_all_pages(self, really):
+        if really:
+            self.model.flow()
+
+    @when(lambda model: model.link is not None and model.link.in_flight)
+    @rule(really=st.booleans())
+    def cut(self, really):
+        if really:
+            self.model.link.cut()
+            self.model.settle()
+
+    @when(lambda model: model.link is not None and model.link.is_active)
+    @rule(really=RARELY)
     def lose_page_call_for_good(self, really):
         if really:
             self.model.link.fail()
@@ -172,8 +200,10 @@ class MigrationMachine(RuleBasedStateMachine):
         self.model.settle()
 
     @when(lambda model: any(call.caller for call in model.control.calls))
-    @rule(index=st.integers(0, 3), will_arrive=st.booleans())
-    def lose_call(self, index, will_arrive):
+    @rule(index=st.integers(0, 3), will_arrive=st.booleans(), really=RARELY)
+    def lose_call(self, index, will_arrive, really):
+        if not really:
+            return
         calls = [call for call in self.model.calls(SENT, RUNNING, ANSWERED) if call.caller is not None]
         self.model.control.give_up(calls[index % len(calls)], will_arrive=will_arrive)
         self.model.settle()
@@ -181,7 +211,7 @@ class MigrationMachine(RuleBasedStateMachine):
     # ---- the operator, and time ----
 
     @when(lambda model: len(model.cancels) < 2)
-    @rule(order=st.sampled_from([None, None, None, "force", "force", "cancel"]))
+    @rule(order=st.sampled_from([None] * 6 + ["force", "force", "cancel"]))
     def operate(self, order):
         if order == "force":
             self.model.force()
@@ -189,7 +219,7 @@ class MigrationMachine(RuleBasedStateMachine):
             self.model.cancel()
 
     @when(lambda model: True)
-    @rule(duration_us=st.sampled_from([1_000, 10_000, 2_000_000, 6_000_000, LONG_US]))
+    @rule(duration_us=st.sampled_from([0] * 3 + [1_000, 10_000, 100_000, 100_000, 2_000_000, 6_000_000, LONG_US]))
     def let_time_pass(self, duration_us):
         self.model.world.now_us += duration_us
         self.model.settle()
