@@ -102,9 +102,7 @@ class Model:
         return ModelPeer(self.control, registries[role], self._on_invalidated)
 
     def _fetcher_of(self, _transport, terms, _clock, on_failure):
-        link = ModelLink(
-            self.world, self._exports, terms, on_failure, fails_to_connect=self.plan.fails_to_connect
-        )
+        link = ModelLink(self.world, self._exports, terms, on_failure, fails_to_connect=self.plan.fails_to_connect)
         self.links.append(link)
         return link
 
@@ -290,15 +288,44 @@ class Model:
         self.touches.append(touch)
         self.settle()
 
-    def unpopulated(self):
-        """Pages whose touch by the guest at the destination is a fault."""
-        return [page for page in range(self.pages) if not self.twin.is_populated(page)]
+    def touch_what_is_missing(self, index, number):
+        """The guest touches a page whose touch is a fault."""
+        if not self.twin_runs:
+            return
+        if missing := [page for page in range(self.pages) if not self.twin.is_populated(page)]:
+            self.touch(missing[index % len(missing)], number if number % 2 else None)
+
+    def write_what_is_on_its_way(self, index, number):
+        """The guest writes pages at the source that were asked for, and perhaps read."""
+        if self.source.is_running and self.link.in_flight:
+            request = self.link.in_flight[index % len(self.link.in_flight)]
+            for offset in range(min(request.count_pages, 1 + number % 4)):
+                self.write(request.first_page + offset, number)
 
     # ---- steps of the page call ----
 
     def requests(self, *, served):
         """Requests under way, those with a reply or those without."""
         return [one for one in (self.link.in_flight if self.link else []) if (one.runs is not None) is served]
+
+    def ask_background(self, index, _number):
+        self.link.ask_background(1 + index)
+
+    def ask_urgent(self, _index, _number):
+        self.link.ask_urgent()
+
+    def begin_to_read(self, index, _number):
+        """The source looks at the generation, and reads later."""
+        if waiting := [one for one in self.requests(served=False) if one.generation is None]:
+            self.link.label(waiting[index % len(waiting)])
+
+    def read(self, index, _number):
+        if waiting := self.requests(served=False):
+            self.link.read(waiting[index % len(waiting)])
+
+    def deliver(self, index, _number):
+        if served := self.requests(served=True):
+            self.link.deliver(served[index % len(served)])
 
     def flow(self):
         """Every page that may move does."""
@@ -389,7 +416,9 @@ class Model:
     def _progress(self):
         session = self.destination_session
         counters = self.link.counters() if self.link else None
-        states = [one and (one.record.state, one.record.snapshot().generation) for one in (self.source_session, session)]
+        states = [
+            one and (one.record.state, one.record._migration.generation) for one in (self.source_session, session)
+        ]
         return states, counters, [call.name for call in self.control.calls]
 
     def _is_stuck(self):

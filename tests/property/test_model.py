@@ -6,14 +6,21 @@ import os
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from migrate.session import convergence, destination, precopy, source
+from migrate.session.states import State
 from migrate.v1 import types_pb2 as types
 from tests.harness.model import LONG_US, Model, Plan
 from tests.harness.model_checks import check_end, check_step
 from tests.harness.model_control import ANSWERED, RUNNING, SENT
-from tests.harness.model_link import REQUEST_PAGES_MAX
 from tests.harness.waiting import wait_until
 
 pytestmark = pytest.mark.uffd
@@ -22,6 +29,18 @@ PAGES_MIN, PAGES_MAX = 48, 96
 EXAMPLES = 200
 STEPS = 40
 VALUES = st.integers(0, 250)
+# Steps of the model's that come in bursts.
+TRAFFIC = (
+    "ask_background",
+    "ask_background",
+    "ask_urgent",
+    "begin_to_read",
+    "read",
+    "read",
+    "deliver",
+    "write_what_is_on_its_way",
+    "touch_what_is_missing",
+)
 # What the sessions wait by themselves between two looks; the order of things is the model's.
 FAST = {
     source: {"_POLL_S": 0.001, "_RETRY_FIRST_S": 0.001, "_RETRY_MAX_S": 0.001, "_PEER_SILENT_POLLS_MAX": 2},
@@ -33,6 +52,9 @@ SOURCE_METHODS = ("pause", "save_state", "start_dirty_log", "sync_dirty_log")
 TWIN_METHODS = ("arm", "load_state", "resume")
 SLOW_METHODS = ("build", "arm", "pause", "save_state", "load_state", "resume", "sync_dirty_log", "stop_dirty_log")
 
+traffic = st.lists(st.tuples(st.sampled_from(TRAFFIC), st.integers(0, 31), VALUES), min_size=1, max_size=16)
+# More than a source waits for a silent destination in precopy, or a destination for a source.
+LONG_TIMES_US = (6_000_000, LONG_US)
 RARELY = st.sampled_from([False] * 7 + [True])
 
 contents = st.one_of(st.integers(1, 250), st.integers(1, 250), st.none(), st.just(0))
@@ -87,7 +109,7 @@ class MigrationMachine(RuleBasedStateMachine):
         self.fds_before = len(os.listdir("/proc/self/fd"))
         self.threads_before = len(os.listdir("/proc/self/task"))
 
-    @initialize(plan=plans, calls=st.integers(0, 3))
+    @initialize(plan=plans, calls=st.integers(0, 4))
     def start(self, plan, calls):
         self.model = Model(plan)
         for _ in range(calls):
@@ -101,19 +123,6 @@ class MigrationMachine(RuleBasedStateMachine):
         for page, value in writes:
             self.model.write(page % self.model.pages, value)
 
-    @when(lambda model: model.source.is_running and model.link is not None and model.link.in_flight)
-    @rule(index=st.integers(0, 7), values=st.lists(VALUES, min_size=1, max_size=6))
-    def write_what_is_on_its_way(self, index, values):
-        request = self.model.link.in_flight[index % len(self.model.link.in_flight)]
-        for offset, value in enumerate(values[: request.count_pages]):
-            self.model.write(request.first_page + offset, value)
-
-    @when(lambda model: model.twin_runs)
-    @rule(index=st.integers(0, PAGES_MAX - 1), value=st.none() | st.integers(1, 250))
-    def touch_what_is_missing(self, index, value):
-        if missing := self.model.unpopulated():
-            self.model.touch(missing[index % len(missing)], value)
-
     @when(lambda model: model.twin_runs)
     @rule(page=st.integers(0, PAGES_MAX - 1), value=st.none() | st.integers(1, 250))
     def touch_at_destination(self, page, value):
@@ -125,43 +134,27 @@ class MigrationMachine(RuleBasedStateMachine):
         self.model.world.open_gate(index % len(self.model.world.gates))
         self.model.settle()
 
-    # ---- the page call ----
+    # ---- the page call, and the guest that it must keep up with ----
 
     @when(lambda model: model.link is not None and model.link.is_active)
-    @rule(max_pages=st.integers(1, REQUEST_PAGES_MAX), times=st.integers(1, 4))
-    def ask(self, max_pages, times):
-        self.model.link.ask_urgent()
-        for _ in range(times):
-            self.model.link.ask_background(max_pages)
+    @rule(steps=traffic)
+    def have_traffic(self, steps):
+        for name, index, value in steps:
+            getattr(self.model, name)(index, value)
+            self.model.settle()
 
-    @when(lambda model: any(one.generation is None for one in model.requests(served=False)))
-    @rule(index=st.integers(0, 7))
-    def begin_to_read(self, index):
-        waiting = [one for one in self.model.requests(served=False) if one.generation is None]
-        self.model.link.label(waiting[index % len(waiting)])
-        self.model.settle()
-
-    @when(lambda model: model.requests(served=False))
-    @rule(index=st.integers(0, 7), times=st.integers(1, 3))
-    def read(self, index, times):
-        for _ in range(times):
-            if waiting := self.model.requests(served=False):
-                self.model.link.read(waiting[index % len(waiting)])
-        self.model.settle()
-
-    @when(lambda model: model.requests(served=True))
-    @rule(index=st.integers(0, 7), times=st.integers(1, 3))
-    def deliver_pages(self, index, times):
-        for _ in range(times):
-            if served := self.model.requests(served=True):
-                self.model.link.deliver(served[index % len(served)])
-        self.model.settle()
-
-    @when(lambda model: model.link is not None and model.link.is_active)
-    @rule(times=st.integers(1, 4), max_pages=st.integers(1, REQUEST_PAGES_MAX))
-    def ask_and_read(self, times, max_pages):
-        self.ask(max_pages, times)
-        self.read(0, PAGES_MAX)
+    @when(lambda model: model.source_state is State.PRECOPY and model.link.is_active)
+    @rule(before=traffic, is_forced=st.booleans(), calls=st.integers(1, 8), after=traffic)
+    def go_on_amid_traffic(self, before, is_forced, calls, after):
+        """Rounds, and perhaps the switchover, while requests and replies are under way."""
+        self.have_traffic(before)
+        self.model.write_what_is_on_its_way(calls, calls)
+        if is_forced:
+            self.model.force()
+        for _ in range(calls):
+            self.pass_calls(0, 1)
+        if self.model.link.is_active:
+            self.have_traffic(after)
 
     @when(lambda model: model.link is not None and model.link.is_active)
     @rule(really=st.booleans())
@@ -219,9 +212,9 @@ class MigrationMachine(RuleBasedStateMachine):
             self.model.cancel()
 
     @when(lambda model: True)
-    @rule(duration_us=st.sampled_from([0] * 3 + [1_000, 10_000, 100_000, 100_000, 2_000_000, 6_000_000, LONG_US]))
-    def let_time_pass(self, duration_us):
-        self.model.world.now_us += duration_us
+    @rule(duration_us=st.sampled_from([1_000, 10_000, 100_000]), is_long=RARELY, long_us=st.sampled_from(LONG_TIMES_US))
+    def let_time_pass(self, duration_us, is_long, long_us):
+        self.model.world.now_us += long_us if is_long else duration_us
         self.model.settle()
 
     @invariant()
