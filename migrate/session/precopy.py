@@ -27,6 +27,7 @@ _AWAIT_LOOKING_US = 50_000
 _SILENT_S = 5.0
 # A block of the bitmap without a bit is left out; what is left of others goes without its zeros.
 _BLOCK_BYTES = 4096
+_NO_PAGES = bytes(_BLOCK_BYTES)
 # Well below what gRPC takes in a message.
 _REQUEST_BYTES_MAX = 1 << 20
 # Fewer than this say little about a link.
@@ -55,7 +56,7 @@ class Precopy:
         self._clock = clock
         self._terms = terms
         self._defers = terms.mode == types.MIGRATION_MODE_HYBRID
-        self._told: dict[int, int] = {}  # where pages stay in the log: each block of it, as it was told last
+        self._told: dict[int, bytes] = {}  # where pages stay in the log: each block of it, as it was told last
         self._log_memfd: int | None = None
         self._looked_us = clock.now_us()
         self._rounds: list[Round] = []
@@ -145,22 +146,25 @@ class Precopy:
         if self._log_memfd is None:
             return
         size_bytes = os.fstat(self._log_memfd).st_size
+        log = os.pread(self._log_memfd, size_bytes, 0)
         for offset_bytes in range(0, size_bytes, _BLOCK_BYTES):
-            block = self._untold(os.pread(self._log_memfd, _BLOCK_BYTES, offset_bytes), offset_bytes)
+            block = log[offset_bytes : offset_bytes + _BLOCK_BYTES]
+            told = self._told.get(offset_bytes, _NO_PAGES[: len(block)])
+            # Nearly all of a large guest's blocks are none of our business, in each round.
+            if block == told:
+                continue
+            if self._defers:
+                block = self._untold(block, told, offset_bytes)
             bits = block.lstrip(b"\0")
             if bits:
                 first_byte = offset_bytes + len(block) - len(bits)
                 yield transfer.StalePages(first_page=first_byte * 8, bitmap=bits.rstrip(b"\0"))
 
-    def _untold(self, block: bytes, offset_bytes: int) -> bytes:
+    def _untold(self, block: bytes, told: bytes, offset_bytes: int) -> bytes:
         """A block of the log without the pages that the destination leaves for later already."""
-        if not self._defers:
-            return block
-        written = int.from_bytes(block)
-        told = self._told.get(offset_bytes, 0)
-        if written:
-            self._told[offset_bytes] = written | told
-        return (written & ~told).to_bytes(len(block))
+        written, known = int.from_bytes(block), int.from_bytes(told)
+        self._told[offset_bytes] = (written | known).to_bytes(len(block))
+        return (written & ~known).to_bytes(len(block))
 
     def _invalidate(self, stale: list[transfer.StalePages], *, fetch: bool) -> None:
         request = transfer.InvalidateRequest(migration_id=self._migration_id, generation=self.generation)
