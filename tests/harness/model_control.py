@@ -5,10 +5,8 @@ A call's handler runs in a thread of its own, as at a gRPC server, and goes on w
 
 import threading
 
-from migrate.config import PROTOCOL_VERSION
 from migrate.daemon.status import _rebuild, error_info
 from migrate.errors import ChannelError, MigrateError
-from migrate.v1 import transfer_service_pb2 as transfer
 from migrate.v1 import types_pb2 as types
 
 SENT, RUNNING, ANSWERED = "sent", "running", "answered"
@@ -132,11 +130,7 @@ class ModelPeer:
     def prepare(self, request):
         request = _copy(request)
 
-        def handle():
-            transport = self._registry_of().prepare(request, "127.0.0.1")
-            return transfer.PrepareResponse(protocol_version=PROTOCOL_VERSION, transport=transport)
-
-        return self._control.call("prepare", handle)
+        return self._control.call("prepare", lambda: self._registry_of().prepare(request, "127.0.0.1"))
 
     def invalidate(self, request):
         request = _copy(request)
