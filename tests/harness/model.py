@@ -332,13 +332,13 @@ class Model:
         link = self.link
         while link is not None and link.is_active:
             link.ask_urgent()
-            link.ask_background(REQUEST_PAGES_MAX)
+            is_asked = link.ask_background(REQUEST_PAGES_MAX)
             for request in list(link.in_flight):
                 if request.runs is None:
                     link.read(request)
                 if request.runs is not None:
                     link.deliver(request)
-            if not link.in_flight:
+            if not is_asked and not link.in_flight:
                 break
         self.settle()
 

@@ -90,7 +90,9 @@ plans = st.builds(
     downtime_limit_us=st.sampled_from([1, 6_100, 0]),
     source_failing=failing(SOURCE_METHODS),
     twin_failing=failing(TWIN_METHODS),
-    slow=st.one_of(st.just(frozenset()), st.frozensets(st.sampled_from(SLOW_METHODS))),
+    slow=st.one_of(
+        st.just(frozenset()), st.just(frozenset({"sync_dirty_log"})), st.frozensets(st.sampled_from(SLOW_METHODS))
+    ),
     fails_to_connect=st.sampled_from([False] * 19 + [True]),
 )
 
