@@ -4,16 +4,17 @@ happen between them as steps. What must hold after every step is in tests.harnes
 
 from dataclasses import dataclass, field
 
-from migrate.config import SWITCHOVER_DEADLINE_S, Endpoint
+from migrate.config import Endpoint
 from migrate.daemon.migrations import MigrationRegistry
 from migrate.errors import MigrateError
 from migrate.native.exports import Exports
 from migrate.session.states import State
 from migrate.v1 import migration_service_pb2 as operator
 from migrate.v1 import types_pb2 as types
-from tests.harness.model_control import ANSWERED, RUNNING, SENT, Control, ModelPeer
+from tests.harness.model_control import ANSWERED, SENT, Control, ModelPeer
 from tests.harness.model_guest import PAGE, WRITTEN_BYTES, ModelGuest, ModelGuests, ModelTouch
 from tests.harness.model_link import REQUEST_PAGES_MAX, ModelLink
+from tests.harness.model_settle import moving, thread_of
 from tests.harness.model_world import World
 
 NAME = "g"
@@ -182,77 +183,18 @@ class Model:
     def twin_runs(self):
         return self.twin is not None and self.twin.is_running
 
-    def thread_of(self, registry):
-        role = f"{registry.role}-{self.migration_id}"
-        return next((thread for thread in registry._threads if thread.name == role), None)
-
     @property
     def is_over(self):
         """Whether both sessions' threads have ended, and no call is left."""
-        threads = [self.thread_of(registry) for registry in (self.source_registry, self.destination_registry)]
+        threads = [thread_of(self, registry) for registry in (self.source_registry, self.destination_registry)]
         return not any(thread is not None and thread.is_alive() for thread in threads) and not self.control.calls
 
     # ---- waiting until nothing moves but by a step ----
 
     def settle(self):
         """Wait until every thread stands at a gate, waits for pages, or has ended."""
-        self.world.settle(self._moving)
+        self.world.settle(lambda: moving(self))
         self.touches = [touch for touch in self.touches if not self._take_in(touch)]
-
-    def _moving(self):
-        moving = []
-        source = self.thread_of(self.source_registry)
-        if source is not None and source.is_alive() and source not in self.world.blocked:
-            moving.append(f"source in {self.source_state}")
-        moving += self._moving_at_destination()
-        moving += [repr(call) for call in self.control.calls if call.stage == RUNNING and self._is_moving(call)]
-        moving += [f"touch of {touch.page}" for touch in self.touches if self._is_touch_moving(touch)]
-        moving += ["cancel" for thread, _ in self.cancels if self._is_cancel_moving(thread)]
-        moving += ["fetch-watch" for thread in list(self.world._threads) if self._is_watch_moving(thread)]
-        return moving
-
-    def _is_watch_moving(self, thread):
-        return thread.name == "fetch-watch" and thread.is_alive() and thread not in self.world.blocked
-
-    def _moving_at_destination(self):
-        thread = self.thread_of(self.destination_registry)
-        session = self.destination_session
-        if thread is None or not thread.is_alive() or thread in self.world.blocked:
-            return []
-        state = session.record.state
-        if state in (State.SETUP, State.PRECOPY):
-            waits = self.world.now_us - session._heard_us <= SWITCHOVER_DEADLINE_S * 1_000_000
-        elif state is State.SWITCHOVER:
-            waits = True  # for its call
-        elif state in (State.POSTCOPY, State.POSTCOPY_PAUSED):
-            counters = self.link.counters()
-            waits = (counters is not None and counters.missing_pages > 0) or (
-                self.link.is_joining and self.link.is_draining
-            )
-        else:
-            waits = False
-        return [] if waits else [f"destination in {state}"]
-
-    def _is_moving(self, call):
-        """Whether a call's handler has something to do."""
-        if any(thread.name == f"handle-{call.name}" for thread in self.world.blocked):
-            return False
-        if call.name != "switch_over":
-            return True
-        # It may wait for the last pages, until the clock says that it took too long.
-        counters = self.link.counters()
-        is_in_time = self.world.now_us < call.delivered_us + call.request.complete_within_us
-        is_waiting = self.destination_session.record.state is State.SWITCHOVER and self.link.is_active and is_in_time
-        return not (is_waiting and counters is not None and counters.missing_pages)
-
-    def _is_touch_moving(self, touch):
-        if touch.is_done or touch.twin.is_populated(touch.page):
-            return not touch.is_done
-        counters = self.link.counters()
-        return not self.link.has_failed if counters is None else counters.faults <= touch.faults_before
-
-    def _is_cancel_moving(self, thread):
-        return thread.is_alive() and self.source_state is not State.CANCELLING
 
     def _take_in(self, touch):
         """Compare what a touch found, once it is done."""

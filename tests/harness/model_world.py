@@ -105,6 +105,10 @@ class World:
                 assert time.monotonic() < deadline, f"still moving after {SETTLE_S} s: {moving}; {self.blocked}"
                 self.changed.wait(_LOOK_S)
 
+    def threads(self, name):
+        """Those of a name."""
+        return [thread for thread in list(self._threads) if thread.name == name]
+
     def join_all(self):
         """All threads that were spawned here have ended."""
         for thread in list(self._threads):

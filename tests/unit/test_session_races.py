@@ -158,6 +158,7 @@ def test_switchover_that_waits_for_the_last_pages_is_refused_at_once_when_they_c
     model.settle()
     assert switch_over.stage == ANSWERED
     assert switch_over.error.holder is GuestHolder.SOURCE
+    assert "page call broke" in switch_over.error.message
     model.pass_call(switch_over)
     assert model.source.is_running
 
