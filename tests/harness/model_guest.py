@@ -155,6 +155,11 @@ class ModelGuest:
     def is_logging(self):
         return self._log_memfd is not None
 
+    @property
+    def is_armed(self):
+        """Whether a touch of what is missing waits."""
+        return self._uffd is not None
+
     def write(self, page, data):
         """The guest writes while it runs at the source: never armed memory."""
         assert self.is_running

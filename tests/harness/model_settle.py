@@ -57,7 +57,7 @@ def _is_call_moving(model, call):
 
 
 def _is_touch_moving(model, touch):
-    if touch.is_done or touch.twin.is_populated(touch.page):
+    if touch.is_done or not touch.twin.is_armed or touch.twin.is_populated(touch.page):
         return not touch.is_done
     counters = model.link.counters()
     return not model.link.has_failed if counters is None else counters.faults <= touch.faults_before
