@@ -125,7 +125,7 @@ class ModelGuest:
         self.dirty = set()
         return os.dup(self._log_memfd)
 
-    def sync_dirty_log(self):
+    def sync_dirty_log(self, *, keep=False):
         self._enter("sync_dirty_log")
         if self._log_memfd is None:
             raise GuestBusyError("no dirty log was begun")
@@ -133,7 +133,8 @@ class ModelGuest:
         os.pwrite(self._log_memfd, bits.to_bytes(-(-self.pages // 64) * 8, "little"), 0)
         count = len(self.dirty)
         self.taken |= self.dirty
-        self.dirty = set()
+        if not keep:
+            self.dirty = set()
         return count
 
     def stop_dirty_log(self):
