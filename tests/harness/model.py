@@ -237,6 +237,10 @@ class Model:
         if missing := [page for page in range(self.pages) if not self.twin.is_populated(page)]:
             self.touch(missing[index % len(missing)], number if number % 2 else None)
 
+    def write_somewhere(self, index, number):
+        if self.source.is_running:
+            self.write(index * number % self.pages, number)
+
     def write_what_is_on_its_way(self, index, number):
         """The guest writes pages at the source that were asked for, and perhaps read."""
         if self.source.is_running and self.link.in_flight:
@@ -306,6 +310,13 @@ class Model:
         if call.stage == ANSWERED and call.caller is not None:
             self.control.answer(call)
             self.settle()
+
+    def go_on(self, index, _number):
+        """Let a guest's method or a call go on, if one waits."""
+        if self.world.gates:
+            self.world.open_gate(index % len(self.world.gates))
+        elif calls := self.calls(SENT, ANSWERED):
+            self.pass_call(calls[index % len(calls)])
 
     # ---- steps of the operator ----
 
