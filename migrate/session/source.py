@@ -335,7 +335,8 @@ class SourceSession:
         while not self._stopping.is_set() and not self.record.wait_state(_is_final, _POLL_S):
             try:
                 incoming = self._peer.get_incoming(self.record.migration_id)
-            except ChannelError as error:
+            except MigrateError as error:
+                # Whatever it is, here are the only copies of pages, and somebody may come for them.
                 silent_polls += 1
                 if silent_polls >= _PEER_SILENT_POLLS_MAX:
                     self._pause(PostcopyPausedError(error.message, remedy=error.remedy))
