@@ -69,6 +69,7 @@ class ModelGuest:
         self._log_memfd = None
         self.dirty = set()
         self.taken = set()  # synced, so the source owes its destination these
+        self.kept = set()  # of the log, told once
         self.touches = 0
         self.is_running = self.has_run = self.is_loaded = self.is_dead = False
 
@@ -132,8 +133,10 @@ class ModelGuest:
         bits = sum(1 << page for page in self.dirty)
         os.pwrite(self._log_memfd, bits.to_bytes(-(-self.pages // 64) * 8, "little"), 0)
         count = len(self.dirty)
-        self.taken |= self.dirty
-        if not keep:
+        self.taken |= self.dirty - self.kept
+        if keep:
+            self.kept = set(self.dirty)
+        else:
             self.dirty = set()
         return count
 
