@@ -1,5 +1,6 @@
 """Both sides of a migration, driven with cuts, delays, losses, refusals and reordering; see tests.harness.model."""
 
+import faulthandler
 import gc
 import os
 
@@ -240,8 +241,13 @@ class MigrationMachine(RuleBasedStateMachine):
         wait_until(lambda: len(os.listdir("/proc/self/task")) <= self.threads_before, 5, "all threads to end")
 
 
-@pytest.mark.timeout(3600 if settings.default.max_examples > EXAMPLES else 60)
+IS_THOROUGH = settings.default.max_examples > EXAMPLES
+
+
+@pytest.mark.timeout(3600 if IS_THOROUGH else 60)
 def test_whole_guest_is_somewhere_once_whatever_happens(monkeypatch):
+    if IS_THOROUGH:
+        faulthandler.cancel_dump_traceback_later()  # it may take longer than a test should
     for module, values in FAST.items():
         for name, value in values.items():
             monkeypatch.setattr(module, name, value)
