@@ -223,8 +223,11 @@ class DestinationSession:
         """
         with self.record.lock:
             if not self.record.can(Event.SWITCHOVER) or self._twin is None or self._pager is None:
+                # SOURCE would mean that the guest never runs here; one whose state is being loaded is about to.
+                is_loading = self.record.state is State.SWITCHOVER
                 raise GuestBusyError(
-                    f"a switchover makes no sense in state {self.record.state.name}", holder=self.record.holder
+                    f"a switchover makes no sense in state {self.record.state.name}",
+                    holder=GuestHolder.UNSPECIFIED if is_loading else self.record.holder,
                 )
             self.record.on(Event.SWITCHOVER)
         started_us = self._clock.now_us()

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from migrate.errors import GuestHolder
+from migrate.errors import GuestBusyError, GuestHolder
 from migrate.session import destination, precopy, source
 from migrate.session.states import State
 from migrate.v1 import types_pb2 as types
@@ -161,6 +161,17 @@ def test_switchover_that_waits_for_the_last_pages_is_refused_at_once_when_they_c
     assert "page call broke" in switch_over.error.message
     model.pass_call(switch_over)
     assert model.source.is_running
+
+
+def test_switchover_that_arrives_twice_does_not_send_the_guest_back(start):
+    model = start(slow=frozenset({"load_state"}))
+    model.pass_call(waiting(model, "prepare"))
+    switch_over = waiting(model, "switch_over")
+    model.control.deliver(switch_over)
+    model.settle()
+    with pytest.raises(GuestBusyError) as refused:
+        model.destination_registry.switch_over(switch_over.request)
+    assert refused.value.holder is not GuestHolder.SOURCE
 
 
 def test_source_serves_on_though_the_destination_denies_the_migration(start):
