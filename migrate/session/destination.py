@@ -326,7 +326,8 @@ class DestinationSession:
                 if silent_us > SWITCHOVER_DEADLINE_S * 1_000_000 and self.record.can(Event.ABORTED):
                     words = f"the source has not been heard of for {SWITCHOVER_DEADLINE_S:.0f} s"
                     self._give_up(Event.ABORTED, MigrationAbortedError(words))
-        self.record.wait_state(lambda state: state is not State.SWITCHOVER, SWITCHOVER_DEADLINE_S)
+        while not self.record.wait_state(lambda state: state is not State.SWITCHOVER, SWITCHOVER_DEADLINE_S):
+            pass  # it ends: what it asks of the guest has deadlines of its own
         return not self.record.is_final and not self._stopping.is_set()
 
     def _place_all(self) -> None:

@@ -174,6 +174,21 @@ def test_switchover_that_arrives_twice_does_not_send_the_guest_back(start):
     assert refused.value.holder is not GuestHolder.SOURCE
 
 
+def test_end_is_not_reported_while_the_state_is_still_being_loaded(start, monkeypatch):
+    monkeypatch.setattr(destination, "SWITCHOVER_DEADLINE_S", 0.01)
+    model = start(slow=frozenset({"load_state"}))
+    model.pass_call(waiting(model, "prepare"))
+    model.control.deliver(waiting(model, "switch_over"))
+    model.settle()
+    model.flow()
+    with model.world.changed:
+        is_told = model.world.changed.wait_for(
+            lambda: any(call.name == "complete" for call in model.control.calls), 0.5
+        )
+    assert not is_told
+    assert not model.twin.has_run
+
+
 def test_source_serves_on_though_the_destination_denies_the_migration(start):
     model = start()
     model.pass_call(waiting(model, "prepare"))
