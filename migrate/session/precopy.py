@@ -75,11 +75,12 @@ class Precopy:
         self._next_generation()
         self._invalidate([], fetch=True)
 
-    def run(self, on_incoming: Callable[[types.Migration], None], is_forced: Callable[[], bool]) -> Next:
+    def run(self, on_incoming: Callable[[types.Migration | None], None], is_forced: Callable[[], bool]) -> Next:
         """Send rounds until the vCPUs should stop; say how, as SWITCH_WITH_ALL or SWITCH_WITH_REST.
 
         Args:
-            on_incoming: Told, often, how far the destination is; what it raises ends the precopy.
+            on_incoming: Told, often, how far the destination is, or None if it did not answer, after which it waits a
+                little; what it raises ends the precopy.
             is_forced: Whether the switchover shall come at once.
 
         Raises:
@@ -179,7 +180,9 @@ class Precopy:
         request.fetch = fetch
         self._peer.invalidate(request)
 
-    def _await_complete(self, on_incoming: Callable[[types.Migration], None], is_forced: Callable[[], bool]) -> bool:
+    def _await_complete(
+        self, on_incoming: Callable[[types.Migration | None], None], is_forced: Callable[[], bool]
+    ) -> bool:
         """Wait until all that may be fetched by now has arrived; False if the switchover was forced before."""
         begun_us = heard_us = self._clock.now_us()
         await_us = _AWAIT_LOOKING_US if self._defers else _AWAIT_US
@@ -189,6 +192,7 @@ class Precopy:
             except ChannelError as error:
                 if self._clock.now_us() - heard_us > _SILENT_S * 1_000_000:
                     raise MigrationAbortedError(f"the destination was lost in precopy: {error.message}") from error
+                on_incoming(None)
                 continue
             heard_us = self._clock.now_us()
             if incoming.state in (types.MIGRATION_STATE_FAILED, types.MIGRATION_STATE_CANCELLED):

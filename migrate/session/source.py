@@ -239,14 +239,17 @@ class SourceSession:
         self._precopy.begin()
         return self._precopy.run(self._follow_precopy, self._forced.is_set)
 
-    def _follow_precopy(self, incoming: types.Migration) -> None:
-        """Take over figures; raise what ends the precopy from here."""
+    def _follow_precopy(self, incoming: types.Migration | None) -> None:
+        """Take over figures, if there are any; raise what ends the precopy from here."""
+        if incoming is None:
+            self._stopping.wait(_POLL_S)
         if self._stopping.is_set():
             raise MigrationAbortedError("the source daemon is shutting down")
         with self.record.lock:
             if self.record.state is State.CANCELLING:
                 raise _CancelledError("cancelled")
-            generation = self._precopy.generation if self._precopy is not None else 0
+        if incoming is not None and self._precopy is not None:
+            generation = self._precopy.generation
             self.record.update(lambda migration: _merge_pages(migration, incoming, generation))
 
     def _advance(self, event: Event) -> None:
