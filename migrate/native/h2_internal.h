@@ -76,7 +76,7 @@ struct mig_h2 {
     uint8_t *received;
     struct mig_h2_stream *landing; /* whose DATA frame is arriving; NULL if it is none, or padded */
     size_t frame_left_bytes;       /* of that frame */
-    bool has_more; /* the last receive took all that it had room for */
+    bool has_more;                 /* the last receive took all that it had room for */
     uint64_t heard_ns;
     uint64_t ping_sent_ns; /* 0 if none is on its way */
     uint64_t ping_ns;

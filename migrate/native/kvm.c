@@ -95,8 +95,8 @@ int mig_kvm_create(struct mig_machine *machine, const struct mig_cpuid_entry *cp
     *ret_operation = "KVM_SET_USER_MEMORY_REGION";
     int rc = set_memory(machine->vm_fd, RAM_SLOT, 0, 0, machine->ram_bytes, machine->ram);
     if (rc == 0)
-        rc = set_memory(machine->vm_fd, MAILBOX_SLOT, 0, MIG_MAILBOX_GPA, machine->vcpu_count * sizeof(struct mig_mailbox),
-                        machine->mailboxes);
+        rc = set_memory(machine->vm_fd, MAILBOX_SLOT, 0, MIG_MAILBOX_GPA,
+                        machine->vcpu_count * sizeof(struct mig_mailbox), machine->mailboxes);
     if (rc < 0)
         return rc;
     const int run_bytes = ioctl(machine->kvm_fd, KVM_GET_VCPU_MMAP_SIZE, 0);

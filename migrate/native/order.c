@@ -9,7 +9,8 @@ static uint64_t smaller(uint64_t a, uint64_t b)
 }
 
 /* The run that begins at a page that may be asked for, within [page, end). */
-static uint32_t run_at(const struct mig_bitmap *missing, const struct mig_bitmap *requested, uint64_t page, uint64_t end)
+static uint32_t run_at(const struct mig_bitmap *missing, const struct mig_bitmap *requested, uint64_t page,
+                       uint64_t end)
 {
     end = smaller(end, mig_bitmap_next_clear(missing, page));
     return (uint32_t)(smaller(end, mig_bitmap_next_set(requested, page)) - page);
@@ -61,7 +62,8 @@ static uint32_t next_below(struct mig_bubble *bubble, const struct mig_bitmap *m
         if (page < bubble->low) {
             const uint32_t count = run_at(missing, requested, page, bubble->low);
             /* What lies above the run, if a gap cut it short, is looked at again. */
-            bubble->low = page + count < bubble->low && mig_bitmap_next_set_without(missing, requested, page + count) < bubble->low
+            bubble->low = page + count < bubble->low &&
+                                  mig_bitmap_next_set_without(missing, requested, page + count) < bubble->low
                               ? bubble->low
                               : from;
             *ret_first_page = page;

@@ -23,11 +23,11 @@ struct mig_bubble {
 
 struct mig_order {
     enum mig_order_kind kind;
-    uint64_t cursor;    /* the search around begins here */
-    bool is_exhausted;  /* nothing is left to ask for, until something is given back */
-    uint32_t pivots;    /* of `bubbles`, in use */
-    uint32_t next;      /* whose turn it is, or which is replaced */
-    bool grows_down;    /* the turn's direction */
+    uint64_t cursor;   /* the search around begins here */
+    bool is_exhausted; /* nothing is left to ask for, until something is given back */
+    uint32_t pivots;   /* of `bubbles`, in use */
+    uint32_t next;     /* whose turn it is, or which is replaced */
+    bool grows_down;   /* the turn's direction */
     struct mig_bubble bubbles[MIG_ORDER_PIVOTS];
 };
 

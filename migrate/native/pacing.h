@@ -23,7 +23,7 @@ enum { MIG_WINDOW_EPOCHS = 16 };
 struct mig_window {
     uint64_t bytes;      /* may be in flight */
     uint64_t kept_bytes; /* ask for more only when no more than this is: a request that leaves alone wakes the source */
-    uint32_t run_pages; /* to ask for at a time */
+    uint32_t run_pages;  /* to ask for at a time */
 
     uint64_t base_rtt_ns;      /* smallest urgent round trip of all; 0 before the first */
     uint64_t queue_ns;         /* how much longer the smallest one of the last epoch was, foreign waits left out */

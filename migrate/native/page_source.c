@@ -191,8 +191,8 @@ static int split_request(struct mig_page_source *source, uint64_t first_page, ui
         return (int)rc;
     for (int i = 0; i < run_count; i++)
         if (!runs[i].is_zero)
-            runs[i].digest = digest_of(
-                source, &runs[i], buffer ? buffer + mig_page_offset(runs[i].first_page - first_page) : NULL);
+            runs[i].digest =
+                digest_of(source, &runs[i], buffer ? buffer + mig_page_offset(runs[i].first_page - first_page) : NULL);
     return run_count;
 }
 

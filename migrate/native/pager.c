@@ -88,8 +88,7 @@ uint64_t mig_no_longer_missing(struct mig_pager *pager, uint64_t first, uint64_t
 
     pager->counters.duplicate_pages += count - arrived;
     /* A release, so that whoever sees the end without the mutex sees all that led to it. */
-    if (__atomic_sub_fetch(&pager->counters.missing_pages, arrived, __ATOMIC_RELEASE) ==
-        pager->counters.deferred_pages)
+    if (__atomic_sub_fetch(&pager->counters.missing_pages, arrived, __ATOMIC_RELEASE) == pager->counters.deferred_pages)
         wake_all(pager);
     return arrived;
 }
@@ -285,8 +284,7 @@ uint32_t mig_pager_claim_run(struct mig_pager *pager, uint32_t max_pages, uint64
 {
     *ret_first_page = 0;
     pthread_mutex_lock(&pager->mutex);
-    const uint32_t count =
-        mig_order_next(&pager->order, &pager->missing, &pager->requested, max_pages, ret_first_page);
+    const uint32_t count = mig_order_next(&pager->order, &pager->missing, &pager->requested, max_pages, ret_first_page);
     mig_bitmap_set_range(&pager->requested, *ret_first_page, count);
     pthread_mutex_unlock(&pager->mutex);
     return count;

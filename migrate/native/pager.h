@@ -35,7 +35,7 @@ enum mig_page_kind {
 
 struct mig_pager_counters {
     uint64_t total_pages;
-    uint64_t missing_pages; /* neither present nor known to be zero */
+    uint64_t missing_pages;  /* neither present nor known to be zero */
     uint64_t deferred_pages; /* of these, stale ones that are left until the guest is here */
     uint64_t zero_pages;
     uint64_t precopy_pages; /* came before the guest did, and are still good */
@@ -142,7 +142,8 @@ int mig_pager_place_data(struct mig_pager *pager, uint64_t generation, uint64_t 
 /** Learn that a run was zero in a generation; pages that somebody waits for are placed. Returns 0 or -errno. */
 int mig_pager_place_zero(struct mig_pager *pager, uint64_t generation, uint64_t first_page, uint64_t count_pages);
 
-/** Wait until no page is missing but those that are deferred. Returns 1 when so, 0 after the timeout, -ECANCELED, or the fault thread's error. */
+/** Wait until no page is missing but those that are deferred. Returns 1 when so, 0 after the timeout, -ECANCELED, or
+ * the fault thread's error. */
 int mig_pager_wait_done(struct mig_pager *pager, uint64_t timeout_us);
 
 /** Read at any time, without a lock: each field is right by itself, and all together once no page is missing. */
