@@ -76,9 +76,8 @@ class Watched:
         dirty = {page for page in range(PAGES) if bitmap[page // 8] >> page % 8 & 1}
         assert count == len(dirty)
         now = self.read()
-        changed = {
-            page for page in range(PAGES) if now[page * PAGE : (page + 1) * PAGE] != self.before[page * PAGE :][:PAGE]
-        }
+        spans = [slice(page * PAGE, (page + 1) * PAGE) for page in range(PAGES)]
+        changed = {page for page, span in enumerate(spans) if now[span] != self.before[span]}
         self.before = now
         return changed, dirty
 
