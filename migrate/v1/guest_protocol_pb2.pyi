@@ -38,6 +38,7 @@ class GuestRequest(_message.Message):
     START_DIRTY_LOG_FIELD_NUMBER: _builtins.int
     SYNC_DIRTY_LOG_FIELD_NUMBER: _builtins.int
     STOP_DIRTY_LOG_FIELD_NUMBER: _builtins.int
+    ATTACH_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def describe(self) -> Global___DescribeRequest: ...
     @_builtins.property
@@ -64,6 +65,8 @@ class GuestRequest(_message.Message):
     def sync_dirty_log(self) -> Global___SyncDirtyLogRequest: ...
     @_builtins.property
     def stop_dirty_log(self) -> Global___StopDirtyLogRequest: ...
+    @_builtins.property
+    def attach(self) -> Global___AttachRequest: ...
     def __init__(
         self,
         *,
@@ -80,12 +83,13 @@ class GuestRequest(_message.Message):
         start_dirty_log: Global___StartDirtyLogRequest | None = ...,
         sync_dirty_log: Global___SyncDirtyLogRequest | None = ...,
         stop_dirty_log: Global___StopDirtyLogRequest | None = ...,
+        attach: Global___AttachRequest | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["arm", b"arm", "audit", b"audit", "describe", b"describe", "disarm", b"disarm", "load_state", b"load_state", "pause", b"pause", "request", b"request", "resume", b"resume", "save_state", b"save_state", "shutdown", b"shutdown", "start_dirty_log", b"start_dirty_log", "statistics", b"statistics", "stop_dirty_log", b"stop_dirty_log", "sync_dirty_log", b"sync_dirty_log"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["arm", b"arm", "attach", b"attach", "audit", b"audit", "describe", b"describe", "disarm", b"disarm", "load_state", b"load_state", "pause", b"pause", "request", b"request", "resume", b"resume", "save_state", b"save_state", "shutdown", b"shutdown", "start_dirty_log", b"start_dirty_log", "statistics", b"statistics", "stop_dirty_log", b"stop_dirty_log", "sync_dirty_log", b"sync_dirty_log"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arm", b"arm", "audit", b"audit", "describe", b"describe", "disarm", b"disarm", "load_state", b"load_state", "pause", b"pause", "request", b"request", "resume", b"resume", "save_state", b"save_state", "shutdown", b"shutdown", "start_dirty_log", b"start_dirty_log", "statistics", b"statistics", "stop_dirty_log", b"stop_dirty_log", "sync_dirty_log", b"sync_dirty_log"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arm", b"arm", "attach", b"attach", "audit", b"audit", "describe", b"describe", "disarm", b"disarm", "load_state", b"load_state", "pause", b"pause", "request", b"request", "resume", b"resume", "save_state", b"save_state", "shutdown", b"shutdown", "start_dirty_log", b"start_dirty_log", "statistics", b"statistics", "stop_dirty_log", b"stop_dirty_log", "sync_dirty_log", b"sync_dirty_log"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_request: _TypeAlias = _typing.Literal["describe", "pause", "resume", "save_state", "load_state", "arm", "disarm", "statistics", "audit", "shutdown", "start_dirty_log", "sync_dirty_log", "stop_dirty_log"]  # noqa: Y015
+    _WhichOneofReturnType_request: _TypeAlias = _typing.Literal["describe", "pause", "resume", "save_state", "load_state", "arm", "disarm", "statistics", "audit", "shutdown", "start_dirty_log", "sync_dirty_log", "stop_dirty_log", "attach"]  # noqa: Y015
     _WhichOneofArgType_request: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_request) -> _WhichOneofReturnType_request | None: ...
 
@@ -109,6 +113,7 @@ class GuestResponse(_message.Message):
     START_DIRTY_LOG_FIELD_NUMBER: _builtins.int
     SYNC_DIRTY_LOG_FIELD_NUMBER: _builtins.int
     STOP_DIRTY_LOG_FIELD_NUMBER: _builtins.int
+    ATTACH_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def error(self) -> _types_pb2.ErrorInfo:
         """Set instead of a response if the request failed; the guest is then as it was before."""
@@ -139,6 +144,8 @@ class GuestResponse(_message.Message):
     def sync_dirty_log(self) -> Global___SyncDirtyLogResponse: ...
     @_builtins.property
     def stop_dirty_log(self) -> Global___StopDirtyLogResponse: ...
+    @_builtins.property
+    def attach(self) -> Global___AttachResponse: ...
     def __init__(
         self,
         *,
@@ -156,16 +163,56 @@ class GuestResponse(_message.Message):
         start_dirty_log: Global___StartDirtyLogResponse | None = ...,
         sync_dirty_log: Global___SyncDirtyLogResponse | None = ...,
         stop_dirty_log: Global___StopDirtyLogResponse | None = ...,
+        attach: Global___AttachResponse | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["arm", b"arm", "audit", b"audit", "describe", b"describe", "disarm", b"disarm", "error", b"error", "load_state", b"load_state", "pause", b"pause", "response", b"response", "resume", b"resume", "save_state", b"save_state", "shutdown", b"shutdown", "start_dirty_log", b"start_dirty_log", "statistics", b"statistics", "stop_dirty_log", b"stop_dirty_log", "sync_dirty_log", b"sync_dirty_log"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["arm", b"arm", "attach", b"attach", "audit", b"audit", "describe", b"describe", "disarm", b"disarm", "error", b"error", "load_state", b"load_state", "pause", b"pause", "response", b"response", "resume", b"resume", "save_state", b"save_state", "shutdown", b"shutdown", "start_dirty_log", b"start_dirty_log", "statistics", b"statistics", "stop_dirty_log", b"stop_dirty_log", "sync_dirty_log", b"sync_dirty_log"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arm", b"arm", "audit", b"audit", "describe", b"describe", "disarm", b"disarm", "error", b"error", "load_state", b"load_state", "pause", b"pause", "response", b"response", "resume", b"resume", "save_state", b"save_state", "shutdown", b"shutdown", "start_dirty_log", b"start_dirty_log", "statistics", b"statistics", "stop_dirty_log", b"stop_dirty_log", "sync_dirty_log", b"sync_dirty_log"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arm", b"arm", "attach", b"attach", "audit", b"audit", "describe", b"describe", "disarm", b"disarm", "error", b"error", "load_state", b"load_state", "pause", b"pause", "response", b"response", "resume", b"resume", "save_state", b"save_state", "shutdown", b"shutdown", "start_dirty_log", b"start_dirty_log", "statistics", b"statistics", "stop_dirty_log", b"stop_dirty_log", "sync_dirty_log", b"sync_dirty_log"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_response: _TypeAlias = _typing.Literal["describe", "pause", "resume", "save_state", "load_state", "arm", "disarm", "statistics", "audit", "shutdown", "start_dirty_log", "sync_dirty_log", "stop_dirty_log"]  # noqa: Y015
+    _WhichOneofReturnType_response: _TypeAlias = _typing.Literal["describe", "pause", "resume", "save_state", "load_state", "arm", "disarm", "statistics", "audit", "shutdown", "start_dirty_log", "sync_dirty_log", "stop_dirty_log", "attach"]  # noqa: Y015
     _WhichOneofArgType_response: _TypeAlias = _typing.Literal["response", b"response"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_response) -> _WhichOneofReturnType_response | None: ...
 
 Global___GuestResponse: _TypeAlias = GuestResponse  # noqa: Y015
+
+@_typing.final
+class AttachRequest(_message.Message):
+    """This connection is the daemon's from now on. Answered when everything that connections before it asked for is done,
+    or never will be: a daemon that takes over from a dead one must not be overtaken by what that one said last.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AttachRequest: _TypeAlias = AttachRequest  # noqa: Y015
+
+@_typing.final
+class AttachResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INSTANCE_FIELD_NUMBER: _builtins.int
+    instance: _builtins.str
+    """Told apart from every other guest process, of whatever name."""
+    def __init__(
+        self,
+        *,
+        instance: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["instance", b"instance"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AttachResponse: _TypeAlias = AttachResponse  # noqa: Y015
 
 @_typing.final
 class DescribeRequest(_message.Message):
@@ -191,8 +238,11 @@ class DescribeResponse(_message.Message):
     DESCRIPTION_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
     PID_FIELD_NUMBER: _builtins.int
+    IS_ARMED_FIELD_NUMBER: _builtins.int
     state: _types_pb2.GuestState.ValueType
     pid: _builtins.int
+    is_armed: _builtins.bool
+    """RAM is registered: pages may be missing."""
     @_builtins.property
     def description(self) -> _types_pb2.GuestDescription: ...
     def __init__(
@@ -201,10 +251,11 @@ class DescribeResponse(_message.Message):
         description: _types_pb2.GuestDescription | None = ...,
         state: _types_pb2.GuestState.ValueType = ...,
         pid: _builtins.int = ...,
+        is_armed: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["description", b"description"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "pid", b"pid", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "is_armed", b"is_armed", "pid", b"pid", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -33,6 +33,9 @@ class StartMigrationRequest(_message.Message):
     DOWNTIME_LIMIT_US_FIELD_NUMBER: _builtins.int
     ON_NO_CONVERGENCE_FIELD_NUMBER: _builtins.int
     COMPRESSION_FIELD_NUMBER: _builtins.int
+    PEER_TIMEOUT_US_FIELD_NUMBER: _builtins.int
+    DEADLINE_US_FIELD_NUMBER: _builtins.int
+    ON_DEADLINE_FIELD_NUMBER: _builtins.int
     guest: _builtins.str
     to: _builtins.str
     """Control address of the destination daemon, HOST:PORT."""
@@ -46,6 +49,11 @@ class StartMigrationRequest(_message.Message):
     """In mode precopy, how long the vCPUs may stand still; 0 is 50 ms."""
     on_no_convergence: _types_pb2.NoConvergence.ValueType
     compression: _types_pb2.PageCompression.ValueType
+    peer_timeout_us: _builtins.int
+    """After this long without a sign of life, the peer counts as lost; 0 is 5 s."""
+    deadline_us: _builtins.int
+    """How long pages may stay away after the switchover before on_deadline is done; 0 is for ever."""
+    on_deadline: _types_pb2.DeadlineAction.ValueType
     def __init__(
         self,
         *,
@@ -59,10 +67,13 @@ class StartMigrationRequest(_message.Message):
         downtime_limit_us: _builtins.int = ...,
         on_no_convergence: _types_pb2.NoConvergence.ValueType = ...,
         compression: _types_pb2.PageCompression.ValueType = ...,
+        peer_timeout_us: _builtins.int = ...,
+        deadline_us: _builtins.int = ...,
+        on_deadline: _types_pb2.DeadlineAction.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compression", b"compression", "downtime_limit_us", b"downtime_limit_us", "guest", b"guest", "max_bandwidth_bytes_per_s", b"max_bandwidth_bytes_per_s", "mode", b"mode", "on_no_convergence", b"on_no_convergence", "order", b"order", "to", b"to", "transport", b"transport", "verify", b"verify"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compression", b"compression", "deadline_us", b"deadline_us", "downtime_limit_us", b"downtime_limit_us", "guest", b"guest", "max_bandwidth_bytes_per_s", b"max_bandwidth_bytes_per_s", "mode", b"mode", "on_deadline", b"on_deadline", "on_no_convergence", b"on_no_convergence", "order", b"order", "peer_timeout_us", b"peer_timeout_us", "to", b"to", "transport", b"transport", "verify", b"verify"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -274,3 +285,48 @@ class CancelMigrationResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CancelMigrationResponse: _TypeAlias = CancelMigrationResponse  # noqa: Y015
+
+@_typing.final
+class RecoverMigrationRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MIGRATION_ID_FIELD_NUMBER: _builtins.int
+    TO_FIELD_NUMBER: _builtins.int
+    migration_id: _builtins.str
+    to: _builtins.str
+    """Control address of the other daemon, if it is another one now."""
+    def __init__(
+        self,
+        *,
+        migration_id: _builtins.str = ...,
+        to: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["migration_id", b"migration_id", "to", b"to"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecoverMigrationRequest: _TypeAlias = RecoverMigrationRequest  # noqa: Y015
+
+@_typing.final
+class RecoverMigrationResponse(_message.Message):
+    """After the try, however it ended."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MIGRATION_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def migration(self) -> _types_pb2.Migration: ...
+    def __init__(
+        self,
+        *,
+        migration: _types_pb2.Migration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["migration", b"migration"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["migration", b"migration"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecoverMigrationResponse: _TypeAlias = RecoverMigrationResponse  # noqa: Y015

@@ -65,6 +65,11 @@ class MigrationServiceStub:
                 request_serializer=migrate_dot_v1_dot_migration__service__pb2.CancelMigrationRequest.SerializeToString,
                 response_deserializer=migrate_dot_v1_dot_migration__service__pb2.CancelMigrationResponse.FromString,
                 _registered_method=True)
+        self.RecoverMigration = channel.unary_unary(
+                '/migrate.v1.MigrationService/RecoverMigration',
+                request_serializer=migrate_dot_v1_dot_migration__service__pb2.RecoverMigrationRequest.SerializeToString,
+                response_deserializer=migrate_dot_v1_dot_migration__service__pb2.RecoverMigrationResponse.FromString,
+                _registered_method=True)
 
 
 class MigrationServiceServicer:
@@ -112,6 +117,13 @@ class MigrationServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RecoverMigration(self, request, context):
+        """Tries at once to have the pages flow again, instead of at the end of a pause. At either side.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_MigrationServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -144,6 +156,11 @@ def add_MigrationServiceServicer_to_server(servicer, server):
                     servicer.CancelMigration,
                     request_deserializer=migrate_dot_v1_dot_migration__service__pb2.CancelMigrationRequest.FromString,
                     response_serializer=migrate_dot_v1_dot_migration__service__pb2.CancelMigrationResponse.SerializeToString,
+            ),
+            'RecoverMigration': grpc.unary_unary_rpc_method_handler(
+                    servicer.RecoverMigration,
+                    request_deserializer=migrate_dot_v1_dot_migration__service__pb2.RecoverMigrationRequest.FromString,
+                    response_serializer=migrate_dot_v1_dot_migration__service__pb2.RecoverMigrationResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -309,6 +326,33 @@ class MigrationService:
             '/migrate.v1.MigrationService/CancelMigration',
             migrate_dot_v1_dot_migration__service__pb2.CancelMigrationRequest.SerializeToString,
             migrate_dot_v1_dot_migration__service__pb2.CancelMigrationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RecoverMigration(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/migrate.v1.MigrationService/RecoverMigration',
+            migrate_dot_v1_dot_migration__service__pb2.RecoverMigrationRequest.SerializeToString,
+            migrate_dot_v1_dot_migration__service__pb2.RecoverMigrationResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -45,6 +45,8 @@ class MigrationServiceStub:
     """Gives up, as long as the vCPUs have not been told to stop for it: the guest runs on at the source. Answers when the
     destination has nothing left of it, or cannot be reached.
     """
+    RecoverMigration: _grpc.UnaryUnaryMultiCallable[_migration_service_pb2.RecoverMigrationRequest, _migration_service_pb2.RecoverMigrationResponse]
+    """Tries at once to have the pages flow again, instead of at the end of a pause. At either side."""
 
 @_typing.type_check_only
 class MigrationServiceAsyncStub(MigrationServiceStub):
@@ -63,6 +65,8 @@ class MigrationServiceAsyncStub(MigrationServiceStub):
     """Gives up, as long as the vCPUs have not been told to stop for it: the guest runs on at the source. Answers when the
     destination has nothing left of it, or cannot be reached.
     """
+    RecoverMigration: _aio.UnaryUnaryMultiCallable[_migration_service_pb2.RecoverMigrationRequest, _migration_service_pb2.RecoverMigrationResponse]  # type: ignore[assignment]
+    """Tries at once to have the pages flow again, instead of at the end of a pause. At either side."""
 
 class MigrationServiceServicer(metaclass=_abc_1.ABCMeta):
     """Served by every daemon; a migration is started at its source."""
@@ -114,5 +118,13 @@ class MigrationServiceServicer(metaclass=_abc_1.ABCMeta):
         """Gives up, as long as the vCPUs have not been told to stop for it: the guest runs on at the source. Answers when the
         destination has nothing left of it, or cannot be reached.
         """
+
+    @_abc_1.abstractmethod
+    def RecoverMigration(
+        self,
+        request: _migration_service_pb2.RecoverMigrationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_migration_service_pb2.RecoverMigrationResponse, _abc.Awaitable[_migration_service_pb2.RecoverMigrationResponse]]:
+        """Tries at once to have the pages flow again, instead of at the end of a pause. At either side."""
 
 def add_MigrationServiceServicer_to_server(servicer: MigrationServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -37,6 +37,10 @@ class PrepareRequest(_message.Message):
     MAX_BANDWIDTH_BYTES_PER_S_FIELD_NUMBER: _builtins.int
     VERIFY_FIELD_NUMBER: _builtins.int
     COMPRESSION_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    PEER_TIMEOUT_US_FIELD_NUMBER: _builtins.int
+    DEADLINE_US_FIELD_NUMBER: _builtins.int
+    ON_DEADLINE_FIELD_NUMBER: _builtins.int
     migration_id: _builtins.str
     protocol_version: _builtins.int
     """Version of this protocol that the source speaks; the destination accepts its own and the one before."""
@@ -56,6 +60,13 @@ class PrepareRequest(_message.Message):
     """Pages carry digests, and the sum of all is compared at the end."""
     compression: _types_pb2.PageCompression.ValueType
     """What the source would like its pages to be compressed with."""
+    attempt: _builtins.int
+    """From 1 on, and higher with every new try. A higher one takes the place of those before, which never run."""
+    peer_timeout_us: _builtins.int
+    """After this long without a sign of life, the peer counts as lost; 0 is 5 s."""
+    deadline_us: _builtins.int
+    """How long pages may stay away after the switchover before on_deadline is done; 0 is for ever."""
+    on_deadline: _types_pb2.DeadlineAction.ValueType
     @_builtins.property
     def guest(self) -> _types_pb2.GuestDescription: ...
     def __init__(
@@ -73,10 +84,14 @@ class PrepareRequest(_message.Message):
         max_bandwidth_bytes_per_s: _builtins.int = ...,
         verify: _builtins.bool = ...,
         compression: _types_pb2.PageCompression.ValueType = ...,
+        attempt: _builtins.int = ...,
+        peer_timeout_us: _builtins.int = ...,
+        deadline_us: _builtins.int = ...,
+        on_deadline: _types_pb2.DeadlineAction.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["guest", b"guest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compression", b"compression", "control_endpoint", b"control_endpoint", "guest", b"guest", "max_bandwidth_bytes_per_s", b"max_bandwidth_bytes_per_s", "migration_id", b"migration_id", "mode", b"mode", "order", b"order", "page_endpoint", b"page_endpoint", "protocol_version", b"protocol_version", "token", b"token", "transport", b"transport", "verify", b"verify"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "compression", b"compression", "control_endpoint", b"control_endpoint", "deadline_us", b"deadline_us", "guest", b"guest", "max_bandwidth_bytes_per_s", b"max_bandwidth_bytes_per_s", "migration_id", b"migration_id", "mode", b"mode", "on_deadline", b"on_deadline", "order", b"order", "page_endpoint", b"page_endpoint", "peer_timeout_us", b"peer_timeout_us", "protocol_version", b"protocol_version", "token", b"token", "transport", b"transport", "verify", b"verify"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -142,11 +157,13 @@ class InvalidateRequest(_message.Message):
     GENERATION_FIELD_NUMBER: _builtins.int
     STALE_FIELD_NUMBER: _builtins.int
     FETCH_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
     migration_id: _builtins.str
     generation: _builtins.int
     """Number of the round. Bytes that were read in an earlier one are no good for these pages."""
     fetch: _builtins.bool
     """Whether stale pages are fetched again now, or left until the guest is here: later writes to them are not told then."""
+    attempt: _builtins.int
     @_builtins.property
     def stale(self) -> _containers.RepeatedCompositeFieldContainer[Global___StalePages]: ...
     def __init__(
@@ -156,10 +173,11 @@ class InvalidateRequest(_message.Message):
         generation: _builtins.int = ...,
         stale: _abc.Iterable[Global___StalePages] | None = ...,
         fetch: _builtins.bool = ...,
+        attempt: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fetch", b"fetch", "generation", b"generation", "migration_id", b"migration_id", "stale", b"stale"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "fetch", b"fetch", "generation", b"generation", "migration_id", b"migration_id", "stale", b"stale"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -189,6 +207,7 @@ class SwitchoverRequest(_message.Message):
     GUEST_TOUCHES_FIELD_NUMBER: _builtins.int
     MEMORY_DIGEST_FIELD_NUMBER: _builtins.int
     COMPLETE_WITHIN_US_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
     migration_id: _builtins.str
     state: _builtins.bytes
     """Kind-specific vCPU and device state, as the guest saved it."""
@@ -197,6 +216,7 @@ class SwitchoverRequest(_message.Message):
     """With verify: sum over all non-zero pages of XXH3-64(page digest, seed = page index), modulo 2^64."""
     complete_within_us: _builtins.int
     """Run the guest only when no page is missing, and not at all if that takes longer than this; 0 is at once."""
+    attempt: _builtins.int
     def __init__(
         self,
         *,
@@ -205,10 +225,11 @@ class SwitchoverRequest(_message.Message):
         guest_touches: _builtins.int = ...,
         memory_digest: _builtins.int = ...,
         complete_within_us: _builtins.int = ...,
+        attempt: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete_within_us", b"complete_within_us", "guest_touches", b"guest_touches", "memory_digest", b"memory_digest", "migration_id", b"migration_id", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "complete_within_us", b"complete_within_us", "guest_touches", b"guest_touches", "memory_digest", b"memory_digest", "migration_id", b"migration_id", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -330,17 +351,21 @@ class AbortRequest(_message.Message):
 
     MIGRATION_ID_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
     migration_id: _builtins.str
     reason: _builtins.str
+    attempt: _builtins.int
+    """This attempt and all before it never run; 0 is every one, for ever."""
     def __init__(
         self,
         *,
         migration_id: _builtins.str = ...,
         reason: _builtins.str = ...,
+        attempt: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["migration_id", b"migration_id", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "migration_id", b"migration_id", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -360,3 +385,57 @@ class AbortResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AbortResponse: _TypeAlias = AbortResponse  # noqa: Y015
+
+@_typing.final
+class ResumeMigrationRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MIGRATION_ID_FIELD_NUMBER: _builtins.int
+    TOKEN_FIELD_NUMBER: _builtins.int
+    CONTROL_ENDPOINT_FIELD_NUMBER: _builtins.int
+    PAGE_ENDPOINT_FIELD_NUMBER: _builtins.int
+    migration_id: _builtins.str
+    token: _builtins.str
+    control_endpoint: _builtins.str
+    """HOST:PORT of the caller's TransferService. An unspecified host means the address this call came from."""
+    page_endpoint: _builtins.str
+    """Of its PageService, if the caller is the source. Same rule."""
+    def __init__(
+        self,
+        *,
+        migration_id: _builtins.str = ...,
+        token: _builtins.str = ...,
+        control_endpoint: _builtins.str = ...,
+        page_endpoint: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["control_endpoint", b"control_endpoint", "migration_id", b"migration_id", "page_endpoint", b"page_endpoint", "token", b"token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResumeMigrationRequest: _TypeAlias = ResumeMigrationRequest  # noqa: Y015
+
+@_typing.final
+class ResumeMigrationResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAGE_ENDPOINT_FIELD_NUMBER: _builtins.int
+    MIGRATION_FIELD_NUMBER: _builtins.int
+    page_endpoint: _builtins.str
+    """Of the PageService of the one that answers, if it is the source. An unspecified host means the address called."""
+    @_builtins.property
+    def migration(self) -> _types_pb2.Migration: ...
+    def __init__(
+        self,
+        *,
+        page_endpoint: _builtins.str = ...,
+        migration: _types_pb2.Migration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["migration", b"migration"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["migration", b"migration", "page_endpoint", b"page_endpoint"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResumeMigrationResponse: _TypeAlias = ResumeMigrationResponse  # noqa: Y015

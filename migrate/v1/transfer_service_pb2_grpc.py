@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class TransferServiceStub:
-    """The source calls all but Complete at the destination; the destination calls Complete at the source.
+    """The source calls all but Complete at the destination; the destination calls Complete at the source. Either calls
+    ResumeMigration at the other.
     """
 
     def __init__(self, channel):
@@ -65,10 +66,16 @@ class TransferServiceStub:
                 request_serializer=migrate_dot_v1_dot_transfer__service__pb2.AbortRequest.SerializeToString,
                 response_deserializer=migrate_dot_v1_dot_transfer__service__pb2.AbortResponse.FromString,
                 _registered_method=True)
+        self.ResumeMigration = channel.unary_unary(
+                '/migrate.v1.TransferService/ResumeMigration',
+                request_serializer=migrate_dot_v1_dot_transfer__service__pb2.ResumeMigrationRequest.SerializeToString,
+                response_deserializer=migrate_dot_v1_dot_transfer__service__pb2.ResumeMigrationResponse.FromString,
+                _registered_method=True)
 
 
 class TransferServiceServicer:
-    """The source calls all but Complete at the destination; the destination calls Complete at the source.
+    """The source calls all but Complete at the destination; the destination calls Complete at the source. Either calls
+    ResumeMigration at the other.
     """
 
     def Prepare(self, request, context):
@@ -114,6 +121,13 @@ class TransferServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ResumeMigration(self, request, context):
+        """After the switchover: a side whose daemon was started again, or whose link broke, says where it is now.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TransferServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -147,6 +161,11 @@ def add_TransferServiceServicer_to_server(servicer, server):
                     request_deserializer=migrate_dot_v1_dot_transfer__service__pb2.AbortRequest.FromString,
                     response_serializer=migrate_dot_v1_dot_transfer__service__pb2.AbortResponse.SerializeToString,
             ),
+            'ResumeMigration': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResumeMigration,
+                    request_deserializer=migrate_dot_v1_dot_transfer__service__pb2.ResumeMigrationRequest.FromString,
+                    response_serializer=migrate_dot_v1_dot_transfer__service__pb2.ResumeMigrationResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'migrate.v1.TransferService', rpc_method_handlers)
@@ -156,7 +175,8 @@ def add_TransferServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class TransferService:
-    """The source calls all but Complete at the destination; the destination calls Complete at the source.
+    """The source calls all but Complete at the destination; the destination calls Complete at the source. Either calls
+    ResumeMigration at the other.
     """
 
     @staticmethod
@@ -311,6 +331,33 @@ class TransferService:
             '/migrate.v1.TransferService/Abort',
             migrate_dot_v1_dot_transfer__service__pb2.AbortRequest.SerializeToString,
             migrate_dot_v1_dot_transfer__service__pb2.AbortResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResumeMigration(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/migrate.v1.TransferService/ResumeMigration',
+            migrate_dot_v1_dot_transfer__service__pb2.ResumeMigrationRequest.SerializeToString,
+            migrate_dot_v1_dot_transfer__service__pb2.ResumeMigrationResponse.FromString,
             options,
             channel_credentials,
             insecure,

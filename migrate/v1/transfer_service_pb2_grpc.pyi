@@ -27,7 +27,9 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class TransferServiceStub:
-    """The source calls all but Complete at the destination; the destination calls Complete at the source."""
+    """The source calls all but Complete at the destination; the destination calls Complete at the source. Either calls
+    ResumeMigration at the other.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -47,10 +49,14 @@ class TransferServiceStub:
     """END: every page is at the destination. Once answered, the source may free its copy."""
     Abort: _grpc.UnaryUnaryMultiCallable[_transfer_service_pb2.AbortRequest, _transfer_service_pb2.AbortResponse]
     """Undoes Prepare and fences the migration: it never ran here and never will. Refused once vCPUs may have run."""
+    ResumeMigration: _grpc.UnaryUnaryMultiCallable[_transfer_service_pb2.ResumeMigrationRequest, _transfer_service_pb2.ResumeMigrationResponse]
+    """After the switchover: a side whose daemon was started again, or whose link broke, says where it is now."""
 
 @_typing.type_check_only
 class TransferServiceAsyncStub(TransferServiceStub):
-    """The source calls all but Complete at the destination; the destination calls Complete at the source."""
+    """The source calls all but Complete at the destination; the destination calls Complete at the source. Either calls
+    ResumeMigration at the other.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Prepare: _aio.UnaryUnaryMultiCallable[_transfer_service_pb2.PrepareRequest, _transfer_service_pb2.PrepareResponse]  # type: ignore[assignment]
@@ -67,9 +73,13 @@ class TransferServiceAsyncStub(TransferServiceStub):
     """END: every page is at the destination. Once answered, the source may free its copy."""
     Abort: _aio.UnaryUnaryMultiCallable[_transfer_service_pb2.AbortRequest, _transfer_service_pb2.AbortResponse]  # type: ignore[assignment]
     """Undoes Prepare and fences the migration: it never ran here and never will. Refused once vCPUs may have run."""
+    ResumeMigration: _aio.UnaryUnaryMultiCallable[_transfer_service_pb2.ResumeMigrationRequest, _transfer_service_pb2.ResumeMigrationResponse]  # type: ignore[assignment]
+    """After the switchover: a side whose daemon was started again, or whose link broke, says where it is now."""
 
 class TransferServiceServicer(metaclass=_abc_1.ABCMeta):
-    """The source calls all but Complete at the destination; the destination calls Complete at the source."""
+    """The source calls all but Complete at the destination; the destination calls Complete at the source. Either calls
+    ResumeMigration at the other.
+    """
 
     @_abc_1.abstractmethod
     def Prepare(
@@ -120,5 +130,13 @@ class TransferServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_transfer_service_pb2.AbortResponse, _abc.Awaitable[_transfer_service_pb2.AbortResponse]]:
         """Undoes Prepare and fences the migration: it never ran here and never will. Refused once vCPUs may have run."""
+
+    @_abc_1.abstractmethod
+    def ResumeMigration(
+        self,
+        request: _transfer_service_pb2.ResumeMigrationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_transfer_service_pb2.ResumeMigrationResponse, _abc.Awaitable[_transfer_service_pb2.ResumeMigrationResponse]]:
+        """After the switchover: a side whose daemon was started again, or whose link broke, says where it is now."""
 
 def add_TransferServiceServicer_to_server(servicer: TransferServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

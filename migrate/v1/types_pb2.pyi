@@ -187,6 +187,28 @@ NO_CONVERGENCE_FAIL: NoConvergence.ValueType  # 3
 """Give up; the guest stays at the source."""
 Global___NoConvergence: _TypeAlias = NoConvergence  # noqa: Y015
 
+class _DeadlineAction:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _DeadlineActionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DeadlineAction.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    DEADLINE_ACTION_UNSPECIFIED: _DeadlineAction.ValueType  # 0
+    DEADLINE_ACTION_STOP: _DeadlineAction.ValueType  # 1
+    """Ends the guest: it is lost. The default."""
+    DEADLINE_ACTION_POISON: _DeadlineAction.ValueType  # 2
+    """Lets the guest run on without the missing pages: a touch of one is a memory error (UFFDIO_POISON)."""
+
+class DeadlineAction(_DeadlineAction, metaclass=_DeadlineActionEnumTypeWrapper):
+    """What a destination does when pages have stayed away for too long after the switchover."""
+
+DEADLINE_ACTION_UNSPECIFIED: DeadlineAction.ValueType  # 0
+DEADLINE_ACTION_STOP: DeadlineAction.ValueType  # 1
+"""Ends the guest: it is lost. The default."""
+DEADLINE_ACTION_POISON: DeadlineAction.ValueType  # 2
+"""Lets the guest run on without the missing pages: a touch of one is a memory error (UFFDIO_POISON)."""
+Global___DeadlineAction: _TypeAlias = DeadlineAction  # noqa: Y015
+
 class _PageCompression:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -679,6 +701,8 @@ class Migration(_message.Message):
     GENERATION_FIELD_NUMBER: _builtins.int
     COMPRESSION_FIELD_NUMBER: _builtins.int
     DEFERRED_PAGES_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    RECOVERIES_FIELD_NUMBER: _builtins.int
     migration_id: _builtins.str
     side: Global___MigrationSide.ValueType
     guest: _builtins.str
@@ -710,6 +734,10 @@ class Migration(_message.Message):
     compression: Global___PageCompression.ValueType
     deferred_pages: _builtins.int
     """Before the switchover: stale pages that are left until the guest is at the destination."""
+    attempt: _builtins.int
+    """Which try this is: before the switchover, a daemon or a link that is lost costs a new one."""
+    recoveries: _builtins.int
+    """How often the pages began to flow again after the switchover."""
     @_builtins.property
     def pages(self) -> Global___PageCounts: ...
     @_builtins.property
@@ -752,10 +780,12 @@ class Migration(_message.Message):
         generation: _builtins.int = ...,
         compression: Global___PageCompression.ValueType = ...,
         deferred_pages: _builtins.int = ...,
+        attempt: _builtins.int = ...,
+        recoveries: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "fault_latency_us", b"fault_latency_us", "guest_stall_us", b"guest_stall_us", "pages", b"pages"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_on_wire", b"bytes_on_wire", "compression", b"compression", "deferred_pages", b"deferred_pages", "downtime_us", b"downtime_us", "error", b"error", "fault_latency_us", b"fault_latency_us", "generation", b"generation", "guest", b"guest", "guest_errors", b"guest_errors", "guest_kind", b"guest_kind", "guest_stall_us", b"guest_stall_us", "guest_touches", b"guest_touches", "guest_touches_at_switchover", b"guest_touches_at_switchover", "holder", b"holder", "memory_bytes", b"memory_bytes", "migration_id", b"migration_id", "mode", b"mode", "order", b"order", "page_size_bytes", b"page_size_bytes", "pages", b"pages", "peer", b"peer", "postcopy_us", b"postcopy_us", "precopy_us", b"precopy_us", "side", b"side", "state", b"state", "total_us", b"total_us", "transport", b"transport", "vcpus", b"vcpus", "verified_pages", b"verified_pages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "bytes_on_wire", b"bytes_on_wire", "compression", b"compression", "deferred_pages", b"deferred_pages", "downtime_us", b"downtime_us", "error", b"error", "fault_latency_us", b"fault_latency_us", "generation", b"generation", "guest", b"guest", "guest_errors", b"guest_errors", "guest_kind", b"guest_kind", "guest_stall_us", b"guest_stall_us", "guest_touches", b"guest_touches", "guest_touches_at_switchover", b"guest_touches_at_switchover", "holder", b"holder", "memory_bytes", b"memory_bytes", "migration_id", b"migration_id", "mode", b"mode", "order", b"order", "page_size_bytes", b"page_size_bytes", "pages", b"pages", "peer", b"peer", "postcopy_us", b"postcopy_us", "precopy_us", b"precopy_us", "recoveries", b"recoveries", "side", b"side", "state", b"state", "total_us", b"total_us", "transport", b"transport", "vcpus", b"vcpus", "verified_pages", b"verified_pages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
