@@ -11,6 +11,7 @@ extern const uint64_t MIG_UFFD_FEATURES;
 int mig_uffd_open(uint64_t required_features, bool user_mode_only, int *ret_fd);
 int mig_uffd_register_missing(int uffd, uint64_t hva, uint64_t length_bytes);
 int mig_uffd_unregister(int uffd, uint64_t hva, uint64_t length_bytes);
+int mig_uffd_poison(int uffd, uint64_t hva, uint64_t length_bytes, uint64_t *ret_bytes);
 int mig_uffd_wake(int uffd, uint64_t hva, uint64_t length_bytes);
 
 struct mig_run {
@@ -69,6 +70,9 @@ uint32_t mig_pager_claim_run(struct mig_pager *pager, uint32_t max_pages, uint64
 int mig_pager_place_data(struct mig_pager *pager, uint64_t generation, uint64_t first_page, uint64_t count_pages,
                          const void *data, enum mig_page_kind kind, bool verify, uint64_t digest);
 int mig_pager_place_zero(struct mig_pager *pager, uint64_t generation, uint64_t first_page, uint64_t count_pages);
+int mig_pager_find_present(struct mig_pager *pager, int memfd, uint64_t *ret_pages);
+int mig_pager_ask_again(struct mig_pager *pager);
+int mig_pager_poison_missing(struct mig_pager *pager, uint64_t *ret_pages);
 int mig_pager_wait_done(struct mig_pager *pager, uint64_t timeout_us);
 const struct mig_pager_counters *mig_pager_counters(const struct mig_pager *pager);
 uint32_t mig_pager_drain_records(struct mig_pager *pager, struct mig_fault_record *records, uint32_t max_records);
@@ -94,7 +98,7 @@ void mig_order_on_more(struct mig_order *order, uint64_t first_page);
 uint32_t mig_order_next(struct mig_order *order, const struct mig_bitmap *missing, const struct mig_bitmap *requested,
                         uint32_t max_pages, uint64_t *ret_first_page);
 
-/* ---- the page call: wire.h, compress.h, reply_order.h, pacing.h, exports.h, pageserver.h, fetch.h ---- */
+/* ---- the page call: wire.h, compress.h, reply_order.h, pacing.h, patience.h, exports.h, pageserver.h, fetch.h ---- */
 struct mig_fetch_request {
     uint64_t request_id;
     uint32_t region;
@@ -173,6 +177,23 @@ struct mig_cap {
     uint64_t bytes_per_s;
     uint64_t free_at_us;
 };
+enum { MIG_PEER_TIMEOUT_US, ... };
+struct mig_patience {
+    uint64_t ping_ns;
+    uint64_t silent_ns;
+    uint64_t unanswered_ns;
+    uint64_t lost_ns;
+    uint64_t proven_ns;
+    uint64_t connect_ns;
+};
+struct mig_patience mig_patience_of(uint64_t peer_timeout_us);
+struct mig_backoff {
+    uint64_t pause_ns;
+    uint64_t random;
+};
+void mig_backoff_init(struct mig_backoff *backoff);
+void mig_backoff_reset(struct mig_backoff *backoff);
+uint64_t mig_backoff_next_ns(struct mig_backoff *backoff);
 uint64_t mig_cap_delay_us(struct mig_cap *cap, uint64_t now_us, uint64_t count_bytes);
 
 struct mig_exports;
@@ -216,6 +237,7 @@ struct mig_fetch_terms {
     bool verify;
     enum mig_compression compression;
     uint64_t max_bandwidth_bytes_per_s;
+    uint64_t peer_timeout_us;
 };
 enum mig_fetch_reason {
     MIG_FETCH_FINE,

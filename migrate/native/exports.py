@@ -3,7 +3,7 @@
 import errno
 import threading
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from migrate.errors import AlreadyExistsError, NativeError, NotFoundError, PermissionDeniedError
 from migrate.native._native import ffi, lib
@@ -84,7 +84,9 @@ class Exports:
 
 
 class Export:
-    """One memory, as one call holds it.
+    """One memory, as one call holds it. A context manager: what it holds is let go of at its end.
+
+    Not at some later time, when nothing refers to us any more: a call that broke leaves an exception, whose frames do.
 
     Args:
         handle: The C object, whose reference we take over.
@@ -96,6 +98,12 @@ class Export:
         self._exports = exports
         self._handle = ffi.gc(handle, lib.mig_export_put)
         self._source = source
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        ffi.release(self._handle)
 
     @property
     def generation(self) -> int:

@@ -314,6 +314,9 @@ int mig_fetch_create(const struct mig_fetch_terms *terms, struct mig_fetch **ret
     fetch->port = terms->port;
     fetch->verify = terms->verify;
     fetch->compression = terms->compression;
+    fetch->patience = mig_patience_of(terms->peer_timeout_us);
+    mig_backoff_init(&fetch->urgent.backoff);
+    mig_backoff_init(&fetch->background.backoff);
     fetch->cap.bytes_per_s = terms->max_bandwidth_bytes_per_s;
     fetch->rtts.smallest_ns = UINT64_MAX;
     pthread_condattr_init(&attributes);
@@ -339,11 +342,12 @@ int mig_fetch_create(const struct mig_fetch_terms *terms, struct mig_fetch **ret
 int mig_fetch_connect(struct mig_fetch *fetch, uint64_t timeout_us)
 {
     struct mig_link *links[LINKS] = {&fetch->urgent, &fetch->background};
+    const uint64_t deadline_ns = mig_now_ns() + timeout_us * 1000;
 
     for (int i = 0; i < LINKS; i++) {
-        int rc = mig_link_open(links[i], timeout_us);
+        int rc = mig_link_open(links[i], deadline_ns);
         if (rc == 0)
-            rc = mig_link_greet(links[i], timeout_us);
+            rc = mig_link_greet(links[i], deadline_ns);
         if (rc < 0) {
             const char *words = links[i]->h2 ? mig_h2_error(links[i]->h2) : "";
             mig_fetch_fail(fetch, MIG_FETCH_LINK, rc, "no page service answers at %s: %s", fetch->authority,

@@ -5,8 +5,8 @@
  * missing page that a vCPU touches, pipelined, and places it when it comes. The background one keeps a window of runs
  * in flight (pacing.h) and places each with one UFFDIO_COPY. No Python runs in either.
  *
- * A connection that breaks is made again, and what it owed is asked for again; only when that has failed for five
- * seconds, or when the source says something that makes no sense to repeat, does the fetch fail. The urgent thread
+ * A connection that breaks is made again, and what it owed is asked for again; only when that has failed for half the
+ * peer timeout, or when the source says something that makes no sense to repeat, does the fetch fail. The urgent thread
  * serves faults on known zero pages all the same, until it is stopped.
  */
 #ifndef MIG_FETCH_H
@@ -28,6 +28,7 @@ struct mig_fetch_terms {
     bool verify;
     enum mig_compression compression;   /* that was agreed on; the source may use it or not */
     uint64_t max_bandwidth_bytes_per_s; /* of the background; 0 is no cap */
+    uint64_t peer_timeout_us;           /* within so long the loss of the source is known (patience.h); 0 is 5 s */
 };
 
 /* Why a fetch failed. */
@@ -67,7 +68,10 @@ int mig_fetch_create(const struct mig_fetch_terms *terms, struct mig_fetch **ret
 /** Stop, close, free. NULL is nothing. */
 void mig_fetch_destroy(struct mig_fetch *fetch);
 
-/** Open both connections and hear from an HTTP/2 server on each. Returns 0, or a reason; then ask for the failure. */
+/**
+ * Open both connections and hear from an HTTP/2 server on each, all within the timeout. Returns 0, or a reason; then
+ * ask for the failure, and destroy the fetch.
+ */
 int mig_fetch_connect(struct mig_fetch *fetch, uint64_t timeout_us);
 
 /** Begin to fetch all that the pager misses, and to serve its faults. Returns 0 or -errno. */

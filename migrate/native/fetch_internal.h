@@ -7,6 +7,7 @@
 #include "fetch.h"
 #include "h2.h"
 #include "pacing.h"
+#include "patience.h"
 #include "reply_order.h"
 
 enum mig_link_state {
@@ -32,8 +33,10 @@ struct mig_link {
     bool has_call_ended;
     enum mig_status call_status;
     char call_text[MIG_STATUS_TEXT_BYTES];
-    uint64_t lost_ns, retry_ns, backoff_ns; /* since when, until when; 0 while all is well */
+    uint64_t lost_ns, retry_ns; /* since when, until when; 0 while all is well */
+    struct mig_backoff backoff;
     uint64_t opened_ns;
+    uint64_t pinged_ns;     /* when a sign of life was last asked for, because there was none */
     uint64_t progress_ns;   /* when a reply last came, or one began to be due */
     uint64_t carried_bytes; /* by connections that are no more */
 };
@@ -43,6 +46,7 @@ struct mig_fetch {
     uint16_t port;
     bool verify;
     enum mig_compression compression;
+    struct mig_patience patience;
     struct mig_pager *pager;
     struct mig_link urgent, background;
     struct mig_window window; /* the background thread's */
@@ -62,9 +66,9 @@ struct mig_fetch {
 };
 
 /** Connect and say hello; the call comes later. Returns 0 or -errno. */
-int mig_link_open(struct mig_link *link, uint64_t timeout_us);
+int mig_link_open(struct mig_link *link, uint64_t deadline_ns);
 /** Wait until the server has said hello and answered a few PINGs, whose round trips are noted. Returns 0 or -errno. */
-int mig_link_greet(struct mig_link *link, uint64_t timeout_us);
+int mig_link_greet(struct mig_link *link, uint64_t deadline_ns);
 /** Begin the call, connecting again if need be. */
 void mig_link_call(struct mig_link *link, uint64_t now_ns);
 /** Read, write, notice what ended, what broke, what is silent; connect again when it is time. */

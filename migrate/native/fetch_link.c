@@ -10,14 +10,6 @@
 #include "wire.h"
 
 static const char PATH[] = "/migrate.v1.PageService/FetchPages";
-/* A source that is silent this long though we ask (PING) is not there. */
-static const uint64_t PING_AFTER_NS = 1000000000u, SILENT_NS = 5000000000u;
-/* One that answers PING, but not what was asked of it, is not much better. */
-static const uint64_t UNANSWERED_NS = 10000000000u;
-/* A link that cannot be made again for this long has failed. */
-static const uint64_t LOST_NS = 5000000000u, BACKOFF_FIRST_NS = 20000000u, BACKOFF_MAX_NS = 1000000000u;
-static const uint64_t PROVEN_NS = 1000000000u;
-static const uint64_t CONNECT_AGAIN_US = 500000;
 static const uint64_t NEVER_NS = UINT64_MAX;
 
 /* The largest response is a full request of data and its few fields. */
@@ -39,6 +31,13 @@ static const struct mig_h2_limits BACKGROUND_LIMITS = {
 static const char *name_of(const struct mig_link *link)
 {
     return link->kind == MIG_KIND_URGENT ? "urgent" : "background";
+}
+
+/* It is well again. */
+static void recover(struct mig_link *link)
+{
+    link->lost_ns = 0;
+    mig_backoff_reset(&link->backoff);
 }
 
 static uint64_t *wire_bytes_of(struct mig_link *link)
@@ -151,7 +150,7 @@ static enum mig_status on_message(void *user, struct mig_h2_stream *stream, cons
         mig_fetch_note_rtt(link->fetch, mig_h2_heard_ns(link->h2) - asked.asked_ns);
     if (answered && link->kind == MIG_KIND_BACKGROUND)
         mig_window_on_delivery(&link->fetch->window, mig_page_offset(asked.count_pages));
-    link->lost_ns = link->backoff_ns = 0;
+    recover(link);
     link->progress_ns = mig_h2_heard_ns(link->h2);
     if (response.content == MIG_CONTENT_COMPRESSED && decompress(link, &response) < 0)
         return MIG_STATUS_CANCELLED;
@@ -197,7 +196,7 @@ void mig_link_close(struct mig_link *link)
     link->stream = NULL;
 }
 
-int mig_link_open(struct mig_link *link, uint64_t timeout_us)
+int mig_link_open(struct mig_link *link, uint64_t deadline_ns)
 {
     static const struct mig_h2_handler handler = {
         .on_message = on_message,
@@ -205,8 +204,10 @@ int mig_link_open(struct mig_link *link, uint64_t timeout_us)
         .on_close = on_close,
     };
     const bool is_urgent = link->kind == MIG_KIND_URGENT;
+    const int64_t left_ns = (int64_t)(deadline_ns - mig_now_ns());
     int fd;
-    int rc = mig_tcp_connect(link->fetch->host, link->fetch->port, timeout_us, &fd);
+    int rc = left_ns <= 0 ? -ETIMEDOUT
+                          : mig_tcp_connect(link->fetch->host, link->fetch->port, (uint64_t)left_ns / 1000, &fd);
 
     if (rc < 0)
         return rc;
@@ -221,9 +222,8 @@ int mig_link_open(struct mig_link *link, uint64_t timeout_us)
     return rc < 0 ? rc : 0;
 }
 
-int mig_link_greet(struct mig_link *link, uint64_t timeout_us)
+int mig_link_greet(struct mig_link *link, uint64_t deadline_ns)
 {
-    const uint64_t deadline_ns = mig_now_ns() + timeout_us * 1000;
     struct pollfd poll_fd = {.fd = mig_h2_fd(link->h2), .events = POLLIN};
 
     for (int pings = 0; pings < GREETING_PINGS || !mig_h2_is_greeted(link->h2);) {
@@ -268,15 +268,15 @@ static void lose(struct mig_link *link, uint64_t now_ns, const char *text)
         link->lost_ns = now_ns;
     if (rc < 0) {
         refuse(link, MIG_FETCH_LOCAL, rc, "queue pages again");
-    } else if (now_ns - link->lost_ns >= LOST_NS) {
+    } else if (now_ns - link->lost_ns >= fetch->patience.lost_ns) {
         link->state = MIG_LINK_FAILED;
         mig_fetch_fail(fetch, MIG_FETCH_LINK, 0, "the page call to the source at %s broke: %s", fetch->authority,
                        reason);
     } else {
-        link->retry_ns = now_ns + link->backoff_ns;
-        link->backoff_ns = link->backoff_ns ? link->backoff_ns * 2 : BACKOFF_FIRST_NS;
-        if (link->backoff_ns > BACKOFF_MAX_NS)
-            link->backoff_ns = BACKOFF_MAX_NS;
+        /* The last try is at the end of the time there is. */
+        const uint64_t retry_ns = now_ns + mig_backoff_next_ns(&link->backoff);
+        const uint64_t last_ns = link->lost_ns + fetch->patience.lost_ns;
+        link->retry_ns = retry_ns < last_ns ? retry_ns : last_ns;
     }
     mig_fetch_wake(fetch);
 }
@@ -296,13 +296,23 @@ static void begin_call(struct mig_link *link, uint64_t now_ns)
         link->state = MIG_LINK_CALLING;
 }
 
+/* A try ends with the time for tries, even one that begins at its very end. */
+static uint64_t try_until(const struct mig_link *link, uint64_t now_ns)
+{
+    const struct mig_patience *patience = &link->fetch->patience;
+    const uint64_t longest_ns = now_ns + patience->connect_ns, shortest_ns = now_ns + patience->connect_ns / 10;
+    const uint64_t last_ns = link->lost_ns + patience->lost_ns;
+
+    return last_ns < shortest_ns ? shortest_ns : last_ns < longest_ns ? last_ns : longest_ns;
+}
+
 void mig_link_call(struct mig_link *link, uint64_t now_ns)
 {
     if (link->state == MIG_LINK_READY) {
         begin_call(link, now_ns);
         return;
     }
-    const int rc = mig_link_open(link, CONNECT_AGAIN_US);
+    const int rc = mig_link_open(link, try_until(link, now_ns));
     if (rc < 0) {
         lose(link, mig_now_ns(), strerror(-rc));
         return;
@@ -377,24 +387,66 @@ static bool is_up(const struct mig_link *link)
     return link->state == MIG_LINK_CALLING || link->state == MIG_LINK_ENDING;
 }
 
+/* Whether a reply, or the end of the call, is due. */
+static bool is_owed(const struct mig_link *link)
+{
+    return link->order.count || link->state == MIG_LINK_ENDING;
+}
+
+/* For how long nothing came. What came may be newer than the time at which we looked at the clock. */
+static uint64_t silent_for(const struct mig_link *link, uint64_t now_ns)
+{
+    const uint64_t heard_ns = mig_h2_heard_ns(link->h2);
+    return heard_ns < now_ns ? now_ns - heard_ns : 0;
+}
+
+static uint64_t stuck_for(const struct mig_link *link, uint64_t now_ns)
+{
+    return is_owed(link) && link->progress_ns < now_ns ? now_ns - link->progress_ns : 0;
+}
+
+/* Whether it was asked for a sign of life since it was last heard. */
+static bool is_pinged(const struct mig_link *link)
+{
+    return link->pinged_ns > mig_h2_heard_ns(link->h2);
+}
+
+/* How long it has to answer. It is not lost before that, for it may be we who stood still for so long. */
+static uint64_t answer_ns(const struct mig_link *link)
+{
+    return link->fetch->patience.silent_ns - link->fetch->patience.ping_ns;
+}
+
+static uint64_t rest_of(uint64_t limit_ns, uint64_t passed_ns)
+{
+    return passed_ns < limit_ns ? limit_ns - passed_ns : 0;
+}
+
 uint64_t mig_link_patience_ns(const struct mig_link *link, uint64_t now_ns)
 {
+    const struct mig_patience *patience = &link->fetch->patience;
+
     if (link->state == MIG_LINK_DOWN)
         return link->retry_ns > now_ns ? link->retry_ns - now_ns : 0;
-    return is_up(link) ? PING_AFTER_NS : NEVER_NS;
+    if (!is_up(link))
+        return NEVER_NS;
+    const uint64_t sign_ns = is_pinged(link) ? rest_of(answer_ns(link), now_ns - link->pinged_ns)
+                                             : rest_of(patience->ping_ns, silent_for(link, now_ns));
+    const uint64_t reply_ns = is_owed(link) ? rest_of(patience->unanswered_ns, stuck_for(link, now_ns)) : NEVER_NS;
+    return sign_ns < reply_ns ? sign_ns : reply_ns;
 }
 
 static void keep_alive(struct mig_link *link, uint64_t now_ns)
 {
-    const int64_t silent_ns = (int64_t)(now_ns - mig_h2_heard_ns(link->h2));
-    const int64_t stuck_ns = (int64_t)(now_ns - link->progress_ns);
+    const uint64_t silent_ns = silent_for(link, now_ns), stuck_ns = stuck_for(link, now_ns);
+    char text[64] = "";
 
-    if (silent_ns >= (int64_t)PING_AFTER_NS)
-        mig_h2_ping(link->h2);
-    if (silent_ns >= (int64_t)SILENT_NS)
-        lose(link, now_ns, "the source has been silent for five seconds");
-    else if ((link->order.count || link->state == MIG_LINK_ENDING) && stuck_ns >= (int64_t)UNANSWERED_NS)
-        lose(link, now_ns, "the source has not answered for ten seconds");
+    if (is_pinged(link) && now_ns - link->pinged_ns >= answer_ns(link))
+        snprintf(text, sizeof(text), "the source has been silent for %.1f s", (double)silent_ns / 1e9);
+    else if (stuck_ns >= link->fetch->patience.unanswered_ns)
+        snprintf(text, sizeof(text), "the source has not answered for %.1f s", (double)stuck_ns / 1e9);
+    if (text[0])
+        lose(link, now_ns, text);
 }
 
 void mig_link_step(struct mig_link *link, bool is_readable, uint64_t now_ns)
@@ -404,8 +456,8 @@ void mig_link_step(struct mig_link *link, bool is_readable, uint64_t now_ns)
     if (!is_up(link))
         return;
     int rc = is_readable ? mig_h2_receive(link->h2, false) : 0;
-    if (rc > 0 && now_ns - link->opened_ns >= PROVEN_NS)
-        link->lost_ns = link->backoff_ns = 0; /* it lives, though nothing may have been asked of it */
+    if (rc > 0 && now_ns - link->opened_ns >= link->fetch->patience.proven_ns)
+        recover(link); /* it lives, though nothing may have been asked of it */
     if (rc > 0 && link->kind == MIG_KIND_URGENT) {
         const uint64_t ping_ns = mig_h2_take_ping_ns(link->h2);
         if (ping_ns)
@@ -413,6 +465,10 @@ void mig_link_step(struct mig_link *link, bool is_readable, uint64_t now_ns)
     }
     if (rc >= 0 && mig_h2_is_leaving(link->h2))
         mig_link_end(link);
+    if (!is_pinged(link) && silent_for(link, now_ns) >= link->fetch->patience.ping_ns) {
+        mig_h2_ping(link->h2);
+        link->pinged_ns = now_ns;
+    }
     if (rc >= 0 || rc == -EPROTO) { /* a GOAWAY or RST_STREAM says what we did not like */
         const int flushed = mig_h2_flush(link->h2);
         link->wants_to_write = flushed == 1;

@@ -16,6 +16,9 @@ from migrate.native._native import ffi, lib
 from migrate.native.compression import Compression
 from migrate.native.pager import Pager
 
+PEER_TIMEOUT_US: int = lib.MIG_PEER_TIMEOUT_US
+"""Within so long the loss of a source is known, unless told otherwise."""
+
 
 @dataclass(frozen=True, slots=True)
 class FetchCounters:
@@ -44,6 +47,7 @@ class NativeFetch:
         verify: Every data run must carry its digest.
         compression: What was agreed on; runs may come so, or plain.
         max_bandwidth_bytes_per_s: Cap of the background; 0 is none.
+        peer_timeout_us: Within so long the loss of the source is known; 0 is PEER_TIMEOUT_US.
     """
 
     def __init__(
@@ -56,6 +60,7 @@ class NativeFetch:
         verify: bool = False,
         compression: Compression = Compression.NONE,
         max_bandwidth_bytes_per_s: int = 0,
+        peer_timeout_us: int = 0,
     ) -> None:
         strings = [ffi.new("char[]", text.encode()) for text in (host, migration_id, token)]
         terms = ffi.new(
@@ -68,6 +73,7 @@ class NativeFetch:
                 "verify": verify,
                 "compression": compression,
                 "max_bandwidth_bytes_per_s": max_bandwidth_bytes_per_s,
+                "peer_timeout_us": peer_timeout_us,
             },
         )
         ret = ffi.new("struct mig_fetch **")
@@ -77,10 +83,10 @@ class NativeFetch:
         self._fetch: Any = ret[0]
 
     def connect(self, timeout_us: int) -> None:
-        """Open both connections.
+        """Open both connections, within the timeout.
 
         Raises:
-            ChannelError: no gRPC server answers there.
+            ChannelError: no gRPC server answers there; this fetch is then to be closed, and another one made.
         """
         lib.mig_fetch_connect(self._fetch, timeout_us)
         failure = self._failure()

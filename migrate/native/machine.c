@@ -2,7 +2,6 @@
 
 #include <errno.h>
 #include <signal.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
@@ -29,7 +28,7 @@ static void park(struct mig_vcpu *vcpu)
     if (vcpu->mmio_pending) {
         /* KVM finishes the instruction on the next entry; only then is the state one between two instructions. */
         vcpu->run->immediate_exit = 1;
-        ioctl(vcpu->fd, KVM_RUN, 0);
+        mig_vcpu_enter(vcpu);
         vcpu->mmio_pending = false;
     }
     pthread_mutex_lock(&machine->mutex);
@@ -67,10 +66,15 @@ static bool run_kvm(struct mig_vcpu *vcpu)
     struct kvm_run *run = vcpu->run;
 
     vcpu->mmio_pending = false;
-    if (ioctl(vcpu->fd, KVM_RUN, 0) < 0) {
-        if (errno == EINTR || errno == EAGAIN)
-            return true;
-        snprintf(machine->failure, sizeof(machine->failure), "vCPU %u: KVM_RUN: %s", vcpu->index, strerror(errno));
+    const int rc = mig_vcpu_enter(vcpu);
+    if (rc == -EINTR || rc == -EAGAIN)
+        return true;
+    if (rc == -EHWPOISON || rc == -EFAULT) {
+        mig_vcpu_fail_memory(vcpu);
+        return false;
+    }
+    if (rc < 0) {
+        mig_machine_fail(machine, "vCPU %u: KVM_RUN: %s", vcpu->index, strerror(-rc));
         return false;
     }
     if (run->exit_reason == KVM_EXIT_MMIO && run->mmio.is_write && run->mmio.phys_addr == MIG_DOORBELL_GPA) {
@@ -82,9 +86,24 @@ static bool run_kvm(struct mig_vcpu *vcpu)
     }
     if (run->exit_reason == KVM_EXIT_INTR)
         return true;
-    snprintf(machine->failure, sizeof(machine->failure), "vCPU %u: unexpected exit %u of KVM_RUN", vcpu->index,
-             run->exit_reason);
+    if (run->exit_reason == KVM_EXIT_SHUTDOWN)
+        mig_machine_fail(machine, "vCPU %u: triple fault, as when its page tables were lost in a migration",
+                         vcpu->index);
+    else
+        mig_machine_fail(machine, "vCPU %u: unexpected exit %u of KVM_RUN", vcpu->index, run->exit_reason);
     return false;
+}
+
+static bool run_payload(struct mig_vcpu *vcpu)
+{
+    uint64_t code;
+
+    if (mig_vcpu_step(vcpu, &code) < 0) {
+        mig_vcpu_fail_memory(vcpu);
+        return false;
+    }
+    hear(vcpu->machine, code);
+    return true;
 }
 
 static void *vcpu_thread(void *argument)
@@ -92,13 +111,12 @@ static void *vcpu_thread(void *argument)
     struct mig_vcpu *vcpu = argument;
     struct mig_machine *machine = vcpu->machine;
 
+    mig_vcpu_claim_thread(vcpu);
     for (bool alive = true; alive;) {
         if (__atomic_load_n(&machine->paused, __ATOMIC_ACQUIRE))
             park(vcpu);
-        else if (vcpu->run)
-            alive = run_kvm(vcpu);
         else
-            hear(machine, mig_payload_step(machine->ram, &machine->mailboxes[vcpu->index], vcpu->index));
+            alive = vcpu->run ? run_kvm(vcpu) : run_payload(vcpu);
     }
     /* It stands still for good; `failure` says why. */
     pthread_mutex_lock(&machine->mutex);
@@ -142,6 +160,7 @@ int mig_machine_create(char *ram, uint64_t ram_bytes, struct mig_mailbox *mailbo
     pthread_cond_init(&machine->changed, &attributes);
     pthread_condattr_destroy(&attributes);
     sigaction(SIGRTMIN, &kick, NULL);
+    mig_memory_error_handle();
     for (uint32_t i = 0; i < vcpus; i++)
         machine->vcpus[i] = (struct mig_vcpu){.machine = machine, .index = i, .fd = -1};
     /* On failure the process ends, and with it every descriptor and mapping. */
@@ -207,7 +226,7 @@ int mig_machine_pause(struct mig_machine *machine, uint64_t timeout_us)
 
 const char *mig_machine_failure(const struct mig_machine *machine)
 {
-    return machine->failure;
+    return __atomic_load_n(&machine->has_failed, __ATOMIC_ACQUIRE) ? machine->failure : "";
 }
 
 uint64_t mig_machine_tsc_khz(const struct mig_machine *machine)

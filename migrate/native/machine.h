@@ -52,7 +52,10 @@ int64_t mig_machine_sync_dirty_log(struct mig_machine *machine, uint64_t *bitmap
 /** End it. Returns 0 or -errno. */
 int mig_machine_stop_dirty_log(struct mig_machine *machine);
 
-/** What ended a vCPU's thread, "" if all live. */
+/**
+ * What ended a vCPU's thread first, "" if all live. One that touches a page that is not to be had, as a poisoned one,
+ * ends; the others run on.
+ */
 const char *mig_machine_failure(const struct mig_machine *machine);
 
 /** TSC ticks in a millisecond. */

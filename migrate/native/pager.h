@@ -104,7 +104,7 @@ bool mig_pager_is_complete(const struct mig_pager *pager);
 
 /* ---- faults: either a thread of the pager's reads them, or whoever polls its userfaultfd ---- */
 
-/** Start a thread that reads faults. Returns 0 or -errno. */
+/** Start a thread that reads faults, if there is none yet. Returns 0 or -errno. */
 int mig_pager_start_fault_thread(struct mig_pager *pager);
 
 /** The userfaultfd, non-blocking. */
@@ -141,6 +141,33 @@ int mig_pager_place_data(struct mig_pager *pager, uint64_t generation, uint64_t 
 
 /** Learn that a run was zero in a generation; pages that somebody waits for are placed. Returns 0 or -errno. */
 int mig_pager_place_zero(struct mig_pager *pager, uint64_t generation, uint64_t first_page, uint64_t count_pages);
+
+/* ---- when something went away ---- */
+
+/**
+ * Before a fresh pager is started, for a guest whose last daemon died: the pages that `memfd` has are not missing.
+ *
+ * Each counts as a background page; what brought it is not known any more. A hole is missing, though it may have been
+ * known to be zero: it is asked for again. Then every waiter is woken, so that faults whose events the dead daemon had
+ * read come again. *ret_pages is how many pages were found. Returns 0 or -errno.
+ */
+int mig_pager_find_present(struct mig_pager *pager, int memfd, uint64_t *ret_pages);
+
+/**
+ * A new fetch takes the place of one that failed and has been stopped: what was asked for and has not come may be
+ * asked for again, and each page that a fault waits for is queued again, once. Returns 0 or -errno.
+ */
+int mig_pager_ask_again(struct mig_pager *pager);
+
+/**
+ * No fetch runs, and none will: whoever touches a page that is missing gets a memory error (SIGBUS), never a zero page
+ * made up for it. Waiters are woken into it, without a record. The missing pages stay counted as missing, and known
+ * zeros are placed as before, until the pager is stopped. *ret_pages is how many pages were poisoned.
+ * Returns 0 or -errno: -EINVAL where the kernel has no UFFDIO_POISON (before Linux 6.6).
+ */
+int mig_pager_poison_missing(struct mig_pager *pager, uint64_t *ret_pages);
+
+/* ---- how far it is ---- */
 
 /** Wait until no page is missing but those that are deferred. Returns 1 when so, 0 after the timeout, -ECANCELED, or
  * the fault thread's error. */

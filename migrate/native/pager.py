@@ -167,7 +167,7 @@ class Pager:
     # ---- faults, claims, placement ----
 
     def start_fault_thread(self) -> None:
-        """Read faults in a thread of the pager's own; the native fetch reads them itself."""
+        """Read faults in a thread of the pager's own; the native fetch reads them itself. Idempotent."""
         _check("start the fault thread", lib.mig_pager_start_fault_thread(self._pager))
 
     def claim_urgent(self, timeout_us: int) -> list[int]:
@@ -231,6 +231,41 @@ class Pager:
             GuestLostError: the guest process is gone.
         """
         _check_run(first_page, count_pages, lib.mig_pager_place_zero(self._pager, generation, first_page, count_pages))
+
+    # ---- when something went away ----
+
+    def find_present(self, memfd: int) -> int:
+        """For a guest whose last daemon died: the pages that its memory has are not missing. How many those are.
+
+        Called before anything else. They count as background pages, and holes as missing, known zeros too. Faults whose
+        events the dead daemon had read come again.
+
+        Raises:
+            UffdError: it cannot be seen.
+        """
+        ret = ffi.new("uint64_t *")
+        _check("find the pages that are there", lib.mig_pager_find_present(self._pager, memfd, ret))
+        pages: int = ret[0]
+        return pages
+
+    def ask_again(self) -> None:
+        """The fetch has failed and was stopped, another one will take its place: it asks for all that has not come."""
+        _check("queue pages again", lib.mig_pager_ask_again(self._pager))
+
+    def poison_missing(self) -> int:
+        """No fetch will bring what is missing: who touches it gets a memory error. Returns how many pages those are.
+
+        They stay counted as missing. Known zeros are placed until the pager is stopped.
+
+        Raises:
+            UffdError: errno.EINVAL where the kernel has no UFFDIO_POISON.
+        """
+        ret = ffi.new("uint64_t *")
+        _check("UFFDIO_POISON", lib.mig_pager_poison_missing(self._pager, ret))
+        pages: int = ret[0]
+        return pages
+
+    # ---- how far it is ----
 
     def wait_done(self, timeout_us: int) -> bool:
         """Wait until no page is missing but those that are deferred; False after the timeout.

@@ -8,7 +8,7 @@
 
 enum { EVENT_BATCH = 64 };
 
-enum fault_action { FAULT_WAITS, FAULT_PLACE_ZERO, FAULT_WAKE };
+enum fault_action { FAULT_WAITS, FAULT_PLACE_ZERO, FAULT_WAKE, FAULT_LOST };
 
 static int on_fault(struct mig_pager *pager, const struct waiter *waiter, enum fault_action *ret)
 {
@@ -16,7 +16,9 @@ static int on_fault(struct mig_pager *pager, const struct waiter *waiter, enum f
 
     pthread_mutex_lock(&pager->mutex);
     pager->counters.faults++;
-    if (mig_bitmap_test(&pager->missing, waiter->page)) {
+    if (mig_bitmap_test(&pager->missing, waiter->page) && pager->is_lost) {
+        *ret = FAULT_LOST; /* it meets the poison when it faults again */
+    } else if (mig_bitmap_test(&pager->missing, waiter->page)) {
         *ret = FAULT_WAITS;
         rc = mig_add_waiter(pager, waiter);
         if (rc == 0 && mig_bitmap_set_range(&pager->requested, waiter->page, 1)) {
@@ -39,6 +41,8 @@ static int settle_fault_now(struct mig_pager *pager, const struct waiter *waiter
                                               : mig_uffd_wake(pager->uffd, hva, MIG_PAGE_SIZE_BYTES);
     if (rc < 0 && rc != -ENOENT) /* ENOENT: the range was let go, which woke the waiter */
         return rc;
+    if (action == FAULT_LOST)
+        return 0;
     pthread_mutex_lock(&pager->mutex);
     mig_record_fault(pager, waiter, 0, mig_now_ns(), action == FAULT_PLACE_ZERO ? MIG_KIND_ZERO : MIG_KIND_PRESENT);
     pthread_mutex_unlock(&pager->mutex);
@@ -94,6 +98,8 @@ static void *fault_thread(void *argument)
 
 int mig_pager_start_fault_thread(struct mig_pager *pager)
 {
+    if (pager->has_fault_thread)
+        return 0;
     const int rc = -pthread_create(&pager->fault_thread, NULL, fault_thread, pager);
     pager->has_fault_thread = rc == 0;
     return rc;

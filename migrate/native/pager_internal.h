@@ -1,6 +1,6 @@
 /*
  * What the parts of the pager share: pager.c (state, claims), pager_faults.c (events), pager_place.c (placement),
- * pager_precopy.c (before the guest lives here).
+ * pager_precopy.c (before the guest lives here), pager_recovery.c (after a daemon, a fetch or the source went away).
  */
 #ifndef MIG_PAGER_INTERNAL_H
 #define MIG_PAGER_INTERNAL_H
@@ -46,6 +46,7 @@ struct mig_pager {
     struct mig_bitmap invalidated; /* ever; without words before the first time */
     uint64_t generation;           /* of the latest invalidation */
     bool is_live;                  /* the guest lives here */
+    bool is_lost;                  /* what is missing will never come */
     struct mig_bitmap deferred;    /* missing, and counted as requested so that nobody asks for them */
     struct mig_order order;
     uint64_t *urgent; /* claimed by a fault, not yet taken: a stack would starve, so a queue */

@@ -15,6 +15,18 @@
 #define USERFAULTFD_IOC_NEW _IO(0xAA, 0x00)
 #endif
 
+/* Linux 6.6, newer than that header. */
+#ifndef UFFD_FEATURE_POISON
+#define UFFD_FEATURE_POISON (1 << 14)
+#define UFFDIO_POISON _IOWR(UFFDIO, 0x08, struct uffdio_poison)
+struct uffdio_poison {
+    struct uffdio_range range;
+    __u64 mode;
+    __s64 updated;
+};
+#endif
+_Static_assert(sizeof(struct uffdio_poison) == 32, "the ioctl's number holds its size");
+
 const uint64_t MIG_UFFD_FEATURES = UFFD_FEATURE_MISSING_SHMEM | UFFD_FEATURE_THREAD_ID | UFFD_FEATURE_EXACT_ADDRESS;
 
 static int open_raw(bool user_mode_only)
@@ -41,17 +53,24 @@ static int open_raw(bool user_mode_only)
     return dev_error == ENOENT ? -errno : -dev_error;
 }
 
+static int shake_hands(int fd, uint64_t features)
+{
+    struct uffdio_api api = {.api = UFFD_API, .features = features};
+    return ioctl(fd, UFFDIO_API, &api) < 0 ? -errno : 0;
+}
+
 int mig_uffd_open(uint64_t required_features, bool user_mode_only, int *ret_fd)
 {
     const int fd = open_raw(user_mode_only);
     if (fd < 0)
         return fd;
-    struct uffdio_api api = {.api = UFFD_API, .features = required_features};
-    if (ioctl(fd, UFFDIO_API, &api) < 0) {
-        const int error = errno;
+    /* The kernel says EINVAL to a feature that it does not know, and may be asked once more. */
+    int rc = shake_hands(fd, required_features | UFFD_FEATURE_POISON);
+    if (rc == -EINVAL)
+        rc = shake_hands(fd, required_features);
+    if (rc < 0) {
         close(fd);
-        /* The kernel says EINVAL to a feature that it does not know. */
-        return error == EINVAL ? -ENOTSUP : -error;
+        return rc == -EINVAL ? -ENOTSUP : rc;
     }
     *ret_fd = fd;
     return 0;
@@ -86,7 +105,8 @@ int mig_uffd_wake(int uffd, uint64_t hva, uint64_t length_bytes)
     return ioctl(uffd, UFFDIO_WAKE, &range) < 0 ? -errno : 0;
 }
 
-/* Shared tail of COPY and ZEROPAGE: `done` is the kernel's signed answer, `error` its errno. True: try the rest. */
+/* Shared tail of COPY, ZEROPAGE and POISON: `done` is the kernel's signed answer, `error` its errno. True: try the
+ * rest. */
 static bool may_go_on(int64_t done, int error, uint64_t *installed_bytes)
 {
     if (done > 0) {
@@ -144,6 +164,24 @@ int mig_uffd_zeropage(int uffd, uint64_t dst_hva, uint64_t length_bytes, uint64_
         const int error = errno;
         if (!may_go_on(arg.zeropage, error, ret_bytes))
             return stopped_at(uffd, dst_hva + *ret_bytes, error);
+    }
+    return MIG_PLACE_INSTALLED;
+}
+
+int mig_uffd_poison(int uffd, uint64_t hva, uint64_t length_bytes, uint64_t *ret_bytes)
+{
+    *ret_bytes = 0;
+    while (*ret_bytes < length_bytes) {
+        struct uffdio_poison arg = {
+            .range = {.start = hva + *ret_bytes, .len = length_bytes - *ret_bytes},
+        };
+        if (ioctl(uffd, UFFDIO_POISON, &arg) == 0) {
+            *ret_bytes = length_bytes;
+            break;
+        }
+        const int error = errno;
+        if (!may_go_on(arg.updated, error, ret_bytes))
+            return stopped_at(uffd, hva + *ret_bytes, error);
     }
     return MIG_PLACE_INSTALLED;
 }

@@ -11,11 +11,12 @@ enum mig_place_outcome {
     MIG_PLACE_PRESENT = 1,   /* somebody was faster; its waiters have been woken */
 };
 
-/* Asked for whenever they exist: they name the thread and the exact address of a fault. */
+/* What the pager cannot do without, the thread and the exact address of a fault among it. */
 extern const uint64_t MIG_UFFD_FEATURES;
 
 /**
- * Open a userfaultfd, non-blocking and close-on-exec, and shake hands.
+ * Open a userfaultfd, non-blocking and close-on-exec, and shake hands. UFFD_FEATURE_POISON is asked for, too, where
+ * the kernel has it.
  *
  * Faults of a vCPU are kernel-mode faults (KVM reads guest memory for it), so only user_mode_only == false serves a
  * KVM guest. /dev/userfaultfd is tried first; the system call only where that file does not exist.
@@ -43,5 +44,11 @@ int mig_uffd_copy(int uffd, uint64_t dst_hva, const void *src, uint64_t length_b
 
 /** Put zero pages in and wake their waiters; same rules as mig_uffd_copy. */
 int mig_uffd_zeropage(int uffd, uint64_t dst_hva, uint64_t length_bytes, uint64_t *ret_bytes);
+
+/**
+ * Have whoever touches these pages get a memory error, and wake their waiters into it; same rules as mig_uffd_copy.
+ * -EINVAL where the kernel cannot (before Linux 6.6).
+ */
+int mig_uffd_poison(int uffd, uint64_t hva, uint64_t length_bytes, uint64_t *ret_bytes);
 
 #endif

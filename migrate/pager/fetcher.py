@@ -9,7 +9,7 @@ from typing import Protocol
 from migrate.config import CONNECT_DEADLINE_S, Endpoint
 from migrate.errors import ChannelError, MigrateError
 from migrate.native.compression import Compression
-from migrate.native.fetcher import NativeFetch
+from migrate.native.fetcher import PEER_TIMEOUT_US, NativeFetch
 from migrate.native.pager import Pager
 from migrate.pager.grpcio_fetcher import GrpcioFetcher
 from migrate.telemetry.clock import Clock
@@ -29,6 +29,7 @@ class FetchTerms:
         verify: Every data run must carry its digest.
         max_bandwidth_bytes_per_s: Cap of the background; 0 is none.
         compression: What was agreed on; runs may come so, or plain. Transport grpcio takes none.
+        peer_timeout_us: Within so long the loss of the source is known; 0 is PEER_TIMEOUT_US.
     """
 
     endpoint: Endpoint
@@ -37,6 +38,12 @@ class FetchTerms:
     verify: bool
     max_bandwidth_bytes_per_s: int
     compression: Compression = Compression.NONE
+    peer_timeout_us: int = 0
+
+    @property
+    def connect_timeout_us(self) -> int:
+        """How long the source may take to answer at first."""
+        return min(int(CONNECT_DEADLINE_S * 1_000_000), self.peer_timeout_us or PEER_TIMEOUT_US)
 
 
 class Fetcher(Protocol):
@@ -63,7 +70,7 @@ class Fetcher(Protocol):
         ...
 
     def close(self) -> None:
-        """End what still runs, close both connections. The pager may be closed after this."""
+        """End what still runs, close both connections. The pager may be closed, or told to ask again, after this."""
         ...
 
     @property
@@ -97,9 +104,10 @@ class NativeFetcher:
             verify=terms.verify,
             compression=terms.compression,
             max_bandwidth_bytes_per_s=terms.max_bandwidth_bytes_per_s,
+            peer_timeout_us=terms.peer_timeout_us,
         )
         try:
-            self._fetch.connect(int(CONNECT_DEADLINE_S * 1_000_000))
+            self._fetch.connect(terms.connect_timeout_us)
         except ChannelError as error:
             raise ChannelError(
                 f"the destination cannot reach the source's page service at {terms.endpoint}: {error.message}",
@@ -166,6 +174,7 @@ def make_fetcher(
             terms.token,
             verify=terms.verify,
             max_bandwidth_bytes_per_s=terms.max_bandwidth_bytes_per_s,
+            peer_timeout_us=terms.peer_timeout_us,
             clock=clock,
             on_failure=on_failure,
         )

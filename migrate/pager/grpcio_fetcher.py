@@ -14,6 +14,7 @@ import grpc
 from migrate.config import BACKGROUND_RUN_PAGES, BACKGROUND_RUNS_IN_FLIGHT, CONNECT_DEADLINE_S, Endpoint
 from migrate.errors import ChannelError, MigrateError, RemoteProtocolError
 from migrate.native.exports import BEARER, METADATA_AUTHORIZATION, METADATA_MIGRATION_ID
+from migrate.native.fetcher import PEER_TIMEOUT_US
 from migrate.native.pager import PageKind, Pager, PagerStoppedError
 from migrate.native.replies import ReplyOrder
 from migrate.pager.pacing import Pacer
@@ -22,13 +23,31 @@ from migrate.units import pages_to_bytes
 from migrate.v1 import page_service_pb2 as pb
 from migrate.v1 import page_service_pb2_grpc as rpc
 
-_CLAIM_TIMEOUT_US = 1_000_000
+_CLAIM_TIMEOUT_US = 250_000
 _CHANNEL_OPTIONS = (
     # Without this, channels to one address share one TCP connection, and faults queue behind the background.
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.enable_http_proxy", 0),
     ("grpc.max_receive_message_length", 4 << 20),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
 )
+
+
+def _channel_options(peer_timeout_us: int, answer_us: int) -> list[tuple[str, int]]:
+    """Of a connection that is asked for a sign of life after half the peer timeout.
+
+    grpcio 1.85 never looks at keepalive_timeout_ms (grpc/grpc#39239), and gives up a PING after ping_timeout_ms. It
+    sends one a second at most, so that the loss of a source is not known sooner than in about a second and a half.
+    A stock server that is not told to bear such PINGs ends a connection on which it has nothing to send.
+    """
+    answer_ms = max(1, answer_us // 1000)
+    return [
+        *_CHANNEL_OPTIONS,
+        ("grpc.keepalive_time_ms", max(1, peer_timeout_us // 2000)),
+        ("grpc.keepalive_timeout_ms", answer_ms),
+        ("grpc.http2.ping_timeout_ms", answer_ms),
+    ]
 
 
 class GrpcioFetcher:
@@ -40,6 +59,7 @@ class GrpcioFetcher:
         token: Proves that we are its destination.
         verify: Every data run must carry its digest.
         max_bandwidth_bytes_per_s: Cap of the background; 0 is none.
+        peer_timeout_us: Within so long the loss of the source is known; 0 is PEER_TIMEOUT_US.
         clock: Times the pacing.
         on_failure: Told, once, the error that ended a stream before every page was placed.
     """
@@ -52,19 +72,29 @@ class GrpcioFetcher:
         *,
         verify: bool,
         max_bandwidth_bytes_per_s: int,
+        peer_timeout_us: int = 0,
         clock: Clock,
         on_failure: Callable[[MigrateError], None],
     ) -> None:
         self._endpoint = endpoint
         self._metadata = ((METADATA_MIGRATION_ID, migration_id), (METADATA_AUTHORIZATION, BEARER + token))
         self._verify = verify
+        self._clock = clock
         self._pacer = Pacer(max_bandwidth_bytes_per_s, clock)
         self._on_failure = on_failure
-        self._channels = [grpc.insecure_channel(str(endpoint), options=_CHANNEL_OPTIONS) for _ in range(2)]
+        peer_timeout_us = peer_timeout_us or PEER_TIMEOUT_US
+        self._connect_timeout_us = min(int(CONNECT_DEADLINE_S * 1_000_000), peer_timeout_us)
+        # The background's answers may stand behind all that it has in flight.
+        self._channels = [
+            grpc.insecure_channel(str(endpoint), options=_channel_options(peer_timeout_us, answer_us))
+            for answer_us in (peer_timeout_us // 2, peer_timeout_us * 2)
+        ]
         self._threads: list[threading.Thread] = []
         self._calls: list[grpc.Call] = []
         self._stopping = threading.Event()
         self._woken = threading.Event()
+        # Held while pages are claimed: once we are stopping, nobody claims any more.
+        self._claiming_urgent, self._claiming_run = threading.Lock(), threading.Lock()
         self._lock = threading.Lock()
         self._failed = False
         self._wire_bytes = 0
@@ -75,9 +105,11 @@ class GrpcioFetcher:
         Raises:
             ChannelError: the source's page service cannot be reached.
         """
+        deadline_us = self._clock.now_us() + self._connect_timeout_us
         for channel in self._channels:
             try:
-                grpc.channel_ready_future(channel).result(timeout=CONNECT_DEADLINE_S)
+                left_us = max(0, deadline_us - self._clock.now_us())
+                grpc.channel_ready_future(channel).result(timeout=left_us / 1_000_000)
             except grpc.FutureTimeoutError:
                 raise ChannelError(
                     f"the destination cannot reach the source's page service at {self._endpoint}",
@@ -115,9 +147,11 @@ class GrpcioFetcher:
             thread.join()
 
     def close(self) -> None:
-        """Cancel what still runs, close both connections. The pager must be stopped or done."""
+        """Cancel what still runs, close both connections. The pager may be closed, or told to ask again, after this."""
         self._stopping.set()
         self._woken.set()
+        with self._claiming_urgent, self._claiming_run:
+            pass
         with self._lock:
             calls = list(self._calls)
         for call in calls:
@@ -147,13 +181,18 @@ class GrpcioFetcher:
 
     def _urgent_requests(self, pager: Pager, order: ReplyOrder) -> Iterator[pb.FetchPagesRequest]:
         try:
-            while not self._stopping.is_set():
-                for page in pager.claim_urgent(_CLAIM_TIMEOUT_US):
+            while (pages := self._claim_urgent(pager)) is not None:
+                for page in pages:
                     yield self._request(order, page, 1)
         except PagerStoppedError:
             return
         except MigrateError as error:
             self._fail(error)
+
+    def _claim_urgent(self, pager: Pager) -> list[int] | None:
+        """Pages to ask for, none after a while; None once we are stopping."""
+        with self._claiming_urgent:
+            return None if self._stopping.is_set() else pager.claim_urgent(_CLAIM_TIMEOUT_US)
 
     def _background_requests(
         self, pager: Pager, order: ReplyOrder, window: threading.Semaphore
@@ -161,12 +200,15 @@ class GrpcioFetcher:
         while not self._stopping.is_set():
             if not window.acquire(timeout=1):
                 continue
-            self._woken.clear()
-            run = pager.claim_run(BACKGROUND_RUN_PAGES)
+            with self._claiming_run:
+                if self._stopping.is_set():
+                    return
+                self._woken.clear()
+                run = pager.claim_run(BACKGROUND_RUN_PAGES)
+                if run is None and pager.is_complete:
+                    return
             if run is None:
                 window.release()
-                if pager.is_complete:
-                    return
                 self._woken.wait(1)  # every reply, and every invalidation, ends it
                 continue
             first_page, count_pages = run

@@ -29,10 +29,11 @@ class PageServicer(rpc.PageServiceServicer):
             MigrateError: the first request that cannot be answered ends the stream.
         """
         metadata = {key: value for key, value in context.invocation_metadata() if isinstance(value, str)}
-        export = self._exports.find(metadata.get(METADATA_MIGRATION_ID, ""), metadata.get(METADATA_AUTHORIZATION, ""))
+        migration_id, authorization = metadata.get(METADATA_MIGRATION_ID, ""), metadata.get(METADATA_AUTHORIZATION, "")
         buffer = RunBuffer(REQUEST_PAGES_MAX)
-        for request in request_iterator:
-            yield from self._answer(export, request, buffer)
+        with self._exports.find(migration_id, authorization) as export:
+            for request in request_iterator:
+                yield from self._answer(export, request, buffer)
 
     def _answer(
         self, export: Export, request: pb.FetchPagesRequest, buffer: RunBuffer

@@ -1,90 +1,31 @@
 """A guest process by itself: its state goes from one process to another, and its own check sees what was lost."""
 
-import os
-
 import pytest
 
 from migrate.errors import GuestBusyError, GuestGoneError, RemoteProtocolError
-from migrate.guest.client import GuestClient
 from migrate.guest.layout import layout_of
-from migrate.guest.spawn import start_guest
 from migrate.native.pager import PageKind, Pager
 from migrate.v1 import guest_protocol_pb2 as pb
 from migrate.v1 import types_pb2 as types
+from tests.harness.guests import (
+    KINDS,
+    MEMORY_BYTES,
+    PAGE,
+    populated,
+    read_ram,
+    spec_of,
+    state_of,
+    twin_of,
+    write_ram,
+)
 from tests.harness.waiting import wait_until
 
 pytestmark = [pytest.mark.kvm, pytest.mark.uffd]
-PAGE = 4096
-MEMORY_BYTES = 16 << 20
-KINDS = [types.GUEST_KIND_KVM, types.GUEST_KIND_PROCESS]
-
-
-@pytest.fixture
-def start(tmp_path):
-    """Starts guests that end with the test."""
-    started = []
-
-    def start_one(start_from, name):
-        path = tmp_path / f"{name}.sock"
-        process = start_guest(start_from, path)
-        client = GuestClient(path)
-        started.append((process, client))
-        return process, client
-
-    yield start_one
-    for process, client in started:
-        client.close()
-        process.kill()
-    assert list(tmp_path.glob("*.sock")) == []
-
-
-def spec_of(kind=types.GUEST_KIND_KVM, vcpus=2):
-    workload = types.WorkloadSpec(distribution=types.WORKLOAD_DISTRIBUTION_UNIFORM, write_ratio=0.5, seed=7)
-    return types.GuestSpec(name="g", kind=kind, memory_bytes=MEMORY_BYTES, vcpus=vcpus, workload=workload)
-
-
-def state_of(client):
-    _, state, _, (memfd,) = client.describe()
-    os.close(memfd)
-    return state
-
-
-def memfd_of(client):
-    _, _, _, (memfd,) = client.describe()
-    return memfd
-
-
-def read_ram(client):
-    memfd = memfd_of(client)
-    try:
-        return bytearray(os.pread(memfd, MEMORY_BYTES, 0))
-    finally:
-        os.close(memfd)
-
-
-def write_ram(client, ram):
-    memfd = memfd_of(client)
-    try:
-        for page in range(0, MEMORY_BYTES, PAGE):
-            if any(ram[page : page + PAGE]):
-                os.pwrite(memfd, ram[page : page + PAGE], page)
-    finally:
-        os.close(memfd)
-
-
-def populated(start, spec):
-    _, client = start(spec, "source")
-    wait_until(lambda: state_of(client) == types.GUEST_STATE_RUNNING, 20, "population")
-    touches = client.statistics().touches
-    wait_until(lambda: client.statistics().touches > touches + 10_000, 20, "the guest to work")
-    return client
 
 
 def move(start, client, ram, state):
     """A twin with that RAM and state, running."""
-    description, _, _, (memfd,) = client.describe()
-    os.close(memfd)
-    _, twin = start(description, "twin")
+    twin = twin_of(start, client)
     assert state_of(twin) == types.GUEST_STATE_INCOMING
     write_ram(twin, ram)
     twin.load_state(state)
@@ -196,9 +137,7 @@ def test_state_that_does_not_fit_is_refused_and_changes_nothing(start, change):
     good, _ = client.save_state()
     bad = pb.MachineState.FromString(good)
     change(bad)
-    description, _, _, (memfd,) = client.describe()
-    os.close(memfd)
-    _, twin = start(description, "twin")
+    twin = twin_of(start, client)
     with pytest.raises(RemoteProtocolError):
         twin.load_state(bad.SerializeToString())
     with pytest.raises(GuestBusyError):
@@ -214,9 +153,7 @@ def test_vcpu_that_waits_for_a_page_is_paused_or_said_to_run_on(start):
     client = populated(start, spec_of())
     client.pause()
     state, touches = client.save_state()
-    description, _, _, (memfd,) = client.describe()
-    os.close(memfd)
-    _, twin = start(description, "twin")
+    twin = twin_of(start, client)
     fd, (hva,) = twin.arm()
     pager = Pager(fd, hva, MEMORY_BYTES // PAGE)
     pager.start_fault_thread()

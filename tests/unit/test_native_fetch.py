@@ -1,5 +1,8 @@
 """The native fetch against sources that keep the rules, however they use them; its beginning and its end."""
 
+import socket
+import subprocess
+import sys
 import threading
 import time
 from concurrent import futures
@@ -203,6 +206,59 @@ def test_server_that_says_goaway_at_once_is_a_channel_error(destination, source)
 
     with pytest.raises(ChannelError, match="too many"):
         destination.made(source(on_connection=leave).endpoint).connect(5_000_000)
+
+
+def refuse(_):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return Endpoint("127.0.0.1", listener.getsockname()[1])
+
+
+def be_silent(source):
+    return source(on_connection=lambda peer, _: peer.receive_close() or True).endpoint
+
+
+def greet_one_connection_of_two(source):
+    return source(on_connection=lambda peer, number: number % 2 and (peer.receive_close() or True)).endpoint
+
+
+# In a process of its own, whose descriptors are those of the fetch alone.
+_FAILING_CONNECTS = """
+import os, sys
+from migrate.errors import ChannelError
+from migrate.native.fetcher import NativeFetch
+
+def fail():
+    fetch = NativeFetch("127.0.0.1", int(sys.argv[1]), "m", "t")
+    try:
+        fetch.connect(20_000)
+    except ChannelError:
+        fetch.close()
+    else:
+        sys.exit("it connected")
+
+fail()
+before = os.listdir("/proc/self/fd")
+for _ in range(50):
+    fail()
+print(len(os.listdir("/proc/self/fd")) - len(before))
+"""
+
+
+@pytest.mark.parametrize("behaviour", [refuse, be_silent, greet_one_connection_of_two])
+def test_connects_that_fail_leave_no_descriptor(source, behaviour):
+    endpoint = behaviour(source)
+    ran = subprocess.run(
+        [sys.executable, "-c", _FAILING_CONNECTS, str(endpoint.port)], capture_output=True, text=True, check=False
+    )
+    assert (ran.returncode, ran.stdout.strip()) == (0, "0"), ran.stderr
+
+
+def test_fresh_fetch_works_after_one_that_could_not_connect(destination, memory, source):
+    refused = destination.made(refuse(source))
+    with pytest.raises(ChannelError):
+        refused.connect(5_000_000)
+    refused.close()
+    check_recovers(destination, memory, source().endpoint)
 
 
 def test_close_without_start_and_without_connect(destination, source):
