@@ -20,12 +20,25 @@ class GuestClient:
 
     Args:
         socket_path: Where the guest listens.
+        attach: Take the guest over from whichever daemon had it, which can change nothing any more.
+
+    Attributes:
+        instance: Tells the process apart from every other guest process, of whatever name; empty if not attached.
+        pid: The process.
     """
 
-    def __init__(self, socket_path: Path) -> None:
+    def __init__(self, socket_path: Path, *, attach: bool = False) -> None:
         self._path = socket_path
         self._connection = self._connect()
         self._lock = threading.Lock()
+        self.pid = protocol.peer_pid(self._connection)
+        self.instance = ""
+        if attach:
+            self.instance = self._plain(pb.GuestRequest(attach=pb.AttachRequest())).attach.instance
+
+    def is_armed(self) -> bool:
+        """Whether RAM is registered: if not, and the guest has run, no page is missing."""
+        return self._plain(pb.GuestRequest(describe=pb.DescribeRequest())).describe.is_armed
 
     def describe(self) -> tuple[types.GuestDescription, "types.GuestState.ValueType", int, list[int]]:
         """Description, state, pid, and the memfd of each region, which the caller closes."""

@@ -9,12 +9,13 @@ import ctypes
 import fcntl
 import mmap
 import os
+import secrets
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from migrate.errors import (
@@ -59,6 +60,7 @@ class Guest:
     def __init__(self, description: types.GuestDescription) -> None:
         spec = description.spec
         check_spec(spec)
+        self.instance = secrets.token_hex(8)
         self._incoming = bool(description.regions)
         self._cpuid = self._choose_cpuid(description)
         self._spec = spec
@@ -96,6 +98,11 @@ class Guest:
             raise RemoteProtocolError("a guest of kind kvm came without its CPUID table")
         check_cpuid_supported(description.cpuid, supported)
         return list(description.cpuid)
+
+    @property
+    def is_armed(self) -> bool:
+        """Whether RAM is registered, so that pages may be missing."""
+        return self._uffd is not None
 
     @property
     def state(self) -> "types.GuestState.ValueType":
@@ -332,7 +339,9 @@ def answer(guest: Guest, request: pb.GuestRequest) -> tuple[pb.GuestResponse, li
 
 
 def _describe(guest: Guest, _: pb.GuestRequest) -> tuple[pb.GuestResponse, list[int]]:
-    described = pb.DescribeResponse(description=guest.describe(), state=guest.state, pid=os.getpid())
+    described = pb.DescribeResponse(
+        description=guest.describe(), state=guest.state, pid=os.getpid(), is_armed=guest.is_armed
+    )
     return pb.GuestResponse(describe=described), [guest.memfd]
 
 
@@ -381,9 +390,49 @@ _READS: dict[str, Callable[[Guest, pb.GuestRequest], tuple[pb.GuestResponse, lis
     "start_dirty_log": _start_dirty_log,
     "sync_dirty_log": _sync_dirty_log,
 }
+# These change nothing, or nothing that matters to whoever comes after.
+_LOOKS = frozenset({"describe", "statistics", "audit"})
 
 
-def serve_connection(guest: Guest, connection: socket.socket, leave: Callable[[], None]) -> None:
+class Turns:
+    """Who may change the guest: the connection that attached last, and those made since.
+
+    A daemon that was killed may have sent a request that nobody has read yet. Once its successor has attached, that
+    request must not be done any more; and one that is being done is over before the successor is answered.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._latest = 0
+        self._attached = 0
+
+    def enter(self) -> int:
+        """A connection was made; its number."""
+        with self._lock:
+            self._latest += 1
+            return self._latest
+
+    def attach(self, number: int) -> None:
+        """Connections before this one may change nothing from now on."""
+        with self._lock:
+            self._attached = max(self._attached, number)
+
+    @contextlib.contextmanager
+    def changing(self, number: int) -> Iterator[None]:
+        """A scope in which a connection changes the guest.
+
+        Raises:
+            GuestBusyError: another daemon has attached since it was made.
+        """
+        with self._lock:
+            if number < self._attached:
+                raise GuestBusyError("another daemon has taken over the guest")
+            yield
+
+
+def serve_connection(
+    guest: Guest, connection: socket.socket, turns: Turns, number: int, leave: Callable[[], None]
+) -> None:
     """Answer one daemon until it closes."""
     with connection, contextlib.suppress(GuestGoneError):
         while True:
@@ -391,12 +440,25 @@ def serve_connection(guest: Guest, connection: socket.socket, leave: Callable[[]
             for fd in unasked:
                 os.close(fd)
             try:
-                response, fds = answer(guest, request)
+                response, fds = _answer_in_turn(guest, request, turns, number)
             except MigrateError as error:
                 response, fds = pb.GuestResponse(error=_error_info(error)), []
             protocol.send(connection, response, fds)
             if request.HasField("shutdown"):
                 leave()
+
+
+def _answer_in_turn(
+    guest: Guest, request: pb.GuestRequest, turns: Turns, number: int
+) -> tuple[pb.GuestResponse, list[int]]:
+    kind = request.WhichOneof("request")
+    if kind == "attach":
+        turns.attach(number)
+        return pb.GuestResponse(attach=pb.AttachResponse(instance=guest.instance)), []
+    if kind in _LOOKS:
+        return answer(guest, request)
+    with turns.changing(number):
+        return answer(guest, request)
 
 
 def _error_info(error: MigrateError) -> types.ErrorInfo:
@@ -435,7 +497,7 @@ def main() -> None:
         arguments.socket.unlink(missing_ok=True)
         os._exit(0)
 
-    with os.fdopen(arguments.ready_fd, "wb") as ready:
+    with os.fdopen(arguments.ready_fd, "wb", buffering=0) as ready:
         try:
             if arguments.spec is not None:
                 description = types.GuestDescription(spec=types.GuestSpec.FromString(arguments.spec))
@@ -446,14 +508,19 @@ def main() -> None:
         except (MigrateError, OSError) as error:
             known = error if isinstance(error, MigrateError) else NativeError("start the guest", error.errno or 0)
             ready.write(pb.GuestResponse(error=_error_info(known)).SerializeToString())
-            ready.flush()
             sys.exit(1)
         signal.signal(signal.SIGTERM, leave)
-        ready.write(b"\0")
+        try:
+            ready.write(b"\0")
+        except BrokenPipeError:
+            leave()  # the daemon that started us is gone, and its successor knows nothing of us
+    turns = Turns()
     while True:
         connection, _ = listener.accept()
         protocol.make_room(connection)
-        threading.Thread(target=serve_connection, args=(guest, connection, leave), daemon=True).start()
+        # Numbered here, in their order: a thread of an older one might begin later.
+        arguments_of = (guest, connection, turns, turns.enter(), leave)
+        threading.Thread(target=serve_connection, args=arguments_of, daemon=True).start()
 
 
 if __name__ == "__main__":

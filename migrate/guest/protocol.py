@@ -3,6 +3,7 @@
 import contextlib
 import os
 import socket
+import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -35,6 +36,12 @@ def short_path(path: Path) -> Iterator[str]:
         yield f"/proc/self/fd/{directory_fd}/{path.name}"
     finally:
         os.close(directory_fd)
+
+
+def peer_pid(connection: socket.socket) -> int:
+    """The process that listens at the other end (SO_PEERCRED, unix(7))."""
+    pid, _, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    return int(pid)
 
 
 def send(connection: socket.socket, message: Message, fds: Sequence[int] = ()) -> None:

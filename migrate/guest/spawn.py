@@ -1,13 +1,15 @@
-"""Starts guest processes: exec, never fork, in a session of their own."""
+"""Starts guest processes, and finds them again: exec, never fork, in a session of their own, in nobody's group."""
 
+import contextlib
 import os
+import select
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 from migrate.errors import GuestGoneError
-from migrate.guest.client import received_error
+from migrate.guest.client import GuestClient, received_error
 from migrate.v1 import guest_protocol_pb2 as pb
 from migrate.v1 import types_pb2 as types
 
@@ -16,28 +18,56 @@ _KILL_WAIT_S = 10.0
 
 
 class GuestProcess:
-    """One guest process, our child.
+    """One guest process: our child, or one that a daemon before us left.
 
     Args:
-        process: The child.
+        pid: Of the process, which must be alive.
         socket_path: Where it listens.
+        child: The same, if it is our child, who must be reaped.
+
+    Raises:
+        GuestGoneError: there is no such process.
     """
 
-    def __init__(self, process: "subprocess.Popen[bytes]", socket_path: Path) -> None:
-        self._process = process
+    def __init__(self, pid: int, socket_path: Path, child: "subprocess.Popen[bytes] | None" = None) -> None:
+        self.pid = pid
         self._socket_path = socket_path
-
-    @property
-    def pid(self) -> int:
-        """Its process id."""
-        return self._process.pid
+        self._child = child
+        try:
+            self._pidfd: int | None = os.pidfd_open(pid)
+        except ProcessLookupError as error:
+            raise GuestGoneError("the guest process is gone") from error
 
     def kill(self) -> None:
         """End it and wait until it is gone, with its RAM and its socket. Idempotent."""
-        if self._process.poll() is None:
-            self._process.send_signal(signal.SIGKILL)
-        self._process.wait(_KILL_WAIT_S)
+        pidfd, self._pidfd = self._pidfd, None
+        if pidfd is None:
+            return
+        try:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            exited = select.poll()
+            exited.register(pidfd, select.POLLIN)
+            exited.poll(_KILL_WAIT_S * 1000)
+        finally:
+            os.close(pidfd)
+        if self._child is not None:
+            self._child.wait(_KILL_WAIT_S)
         self._socket_path.unlink(missing_ok=True)
+
+
+def adopt_guest(socket_path: Path) -> tuple[GuestProcess, GuestClient]:
+    """Take over the guest that listens at a socket, whoever started it.
+
+    Raises:
+        GuestGoneError: nobody listens there any more.
+    """
+    client = GuestClient(socket_path, attach=True)
+    try:
+        return GuestProcess(client.pid, socket_path), client
+    except GuestGoneError:
+        client.close()
+        raise
 
 
 def start_guest(start_from: types.GuestSpec | types.GuestDescription, socket_path: Path) -> GuestProcess:
@@ -48,6 +78,8 @@ def start_guest(start_from: types.GuestSpec | types.GuestDescription, socket_pat
         GuestGoneError: it died without a word.
     """
     incoming = isinstance(start_from, types.GuestDescription)
+    # One that died with its daemon while it started has left its socket.
+    socket_path.unlink(missing_ok=True)
     ready_read, ready_write = os.pipe2(os.O_CLOEXEC)
     command = [sys.executable, "-m", "migrate.guest.host", "--socket", str(socket_path)]
     command += ["--description" if incoming else "--spec", start_from.SerializeToString().hex()]
@@ -56,7 +88,7 @@ def start_guest(start_from: types.GuestSpec | types.GuestDescription, socket_pat
         child = subprocess.Popen(command, pass_fds=[ready_write], start_new_session=True, stdin=subprocess.DEVNULL)
     finally:
         os.close(ready_write)
-    process = GuestProcess(child, socket_path)
+    process = GuestProcess(child.pid, socket_path, child)
     with os.fdopen(ready_read, "rb") as stream:
         word = stream.read()
     if word == _READY:

@@ -68,6 +68,8 @@ class SavedSource(_message.Message):
     TO_FIELD_NUMBER: _builtins.int
     TRANSPORT_FIELD_NUMBER: _builtins.int
     COMPRESSION_FIELD_NUMBER: _builtins.int
+    IS_CANCELLED_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
     token: _builtins.str
     attempt: _builtins.int
     """The latest that the destination may have heard of."""
@@ -77,6 +79,9 @@ class SavedSource(_message.Message):
     """Where the destination was last."""
     transport: _types_pb2.PageTransport.ValueType
     compression: _types_pb2.PageCompression.ValueType
+    is_cancelled: _builtins.bool
+    """The operator wants it no more."""
+    kind: _types_pb2.GuestKind.ValueType
     @_builtins.property
     def request(self) -> _migration_service_pb2.StartMigrationRequest: ...
     def __init__(
@@ -89,10 +94,12 @@ class SavedSource(_message.Message):
         to: _builtins.str = ...,
         transport: _types_pb2.PageTransport.ValueType = ...,
         compression: _types_pb2.PageCompression.ValueType = ...,
+        is_cancelled: _builtins.bool = ...,
+        kind: _types_pb2.GuestKind.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "compression", b"compression", "instance", b"instance", "request", b"request", "to", b"to", "token", b"token", "transport", b"transport"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "compression", b"compression", "instance", b"instance", "is_cancelled", b"is_cancelled", "kind", b"kind", "request", b"request", "to", b"to", "token", b"token", "transport", b"transport"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
