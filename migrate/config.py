@@ -5,7 +5,7 @@ from pathlib import Path
 
 from migrate.errors import ConfigError
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 """Spoken between daemons. A destination accepts its own version and the one before."""
 
 REQUEST_PAGES_MAX = 256
@@ -17,6 +17,10 @@ BACKGROUND_RUN_PAGES = 64
 BACKGROUND_RUNS_IN_FLIGHT = 8
 
 CONNECT_DEADLINE_S = 5.0
+
+PEER_TIMEOUT_DEFAULT_US = 5_000_000
+PEER_TIMEOUT_MIN_US = 200_000
+"""Shorter, and a scheduler's whim would look like a lost peer."""
 
 _PORT_MAX = 0xFFFF
 
@@ -66,11 +70,16 @@ class DaemonConfig:
     Attributes:
         listen: HOST:PORT of the control services; port 0 takes a free one.
         page_listen: HOST:PORT of the page service; None takes a free port beside the control services.
-        state_dir: Where guests' sockets live; None makes a private directory that goes with the daemon.
+        state_dir: What outlives the daemon: sockets of guests, migrations under way. None makes a private directory
+            that goes with the daemon, and its guests with it.
+        advertise: HOST:PORT that peers are told instead of `listen`, where they reach it by another address.
+        advertise_pages: Likewise of `page_listen`.
         ready_fd: Written one JSON line {"listen": …, "page_listen": …} once the daemon serves, then closed.
     """
 
     listen: str
     page_listen: str | None = None
     state_dir: Path | None = None
+    advertise: str | None = None
+    advertise_pages: str | None = None
     ready_fd: int | None = None

@@ -129,10 +129,20 @@ class KvmError(NativeError):
     """A KVM operation failed."""
 
 
+class StateDirError(MigrateError):
+    """What must outlive the daemon could not be written down, or read again."""
+
+    grpc_status = "RESOURCE_EXHAUSTED"
+
+
 class ChannelError(MigrateError):
     """The other side cannot be reached, or the connection broke."""
 
     grpc_status = "UNAVAILABLE"
+
+
+class PeerUnreachableError(ChannelError):
+    """No connection to the other side could be made: nothing of the call has arrived there."""
 
 
 class GuestGoneError(ChannelError):
@@ -166,6 +176,10 @@ class MigrationAbortedError(MigrateError):
 
     grpc_status = "ABORTED"
     default_holder = GuestHolder.SOURCE
+
+
+class AttemptLostError(MigrationAbortedError):
+    """A daemon or a link was lost before the switchover; the guest runs on where it was, another try may succeed."""
 
 
 class PostcopyPausedError(MigrateError):

@@ -16,11 +16,21 @@ from migrate.config import DaemonConfig, Endpoint
 @click.option(
     "--state-dir",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Where sockets of guests are kept.  [default: a directory of its own]",
+    help="What outlives the daemon: sockets of guests, migrations under way.  [default: nothing outlives it]",
 )
+@click.option("--advertise", type=ENDPOINT, help="What peers are told instead of --listen.")
+@click.option("--advertise-pages", type=ENDPOINT, help="What peers are told instead of --page-listen.")
 @click.option("--insecure", is_flag=True, help="Allow addresses that are not loopback, without TLS.")
 @click.option("--ready-fd", type=click.IntRange(0), hidden=True, help="Write the addresses here once they serve.")
-def daemon(listen: str, page_listen: str | None, state_dir: Path | None, insecure: bool, ready_fd: int | None) -> None:
+def daemon(
+    listen: str,
+    page_listen: str | None,
+    state_dir: Path | None,
+    advertise: str | None,
+    advertise_pages: str | None,
+    insecure: bool,
+    ready_fd: int | None,
+) -> None:
     """Run a daemon: it owns the guests of this host and moves them."""
     for option, endpoint in (("--listen", listen), ("--page-listen", page_listen)):
         if endpoint is not None and not insecure and not Endpoint.parse(endpoint).is_loopback:
@@ -32,4 +42,13 @@ def daemon(listen: str, page_listen: str | None, state_dir: Path | None, insecur
     # The C extension and the servers load only where a daemon runs.
     from migrate.daemon.main import run_daemon  # noqa: PLC0415
 
-    run_daemon(DaemonConfig(listen=listen, page_listen=page_listen, state_dir=state_dir, ready_fd=ready_fd))
+    run_daemon(
+        DaemonConfig(
+            listen=listen,
+            page_listen=page_listen,
+            state_dir=state_dir,
+            advertise=advertise,
+            advertise_pages=advertise_pages,
+            ready_fd=ready_fd,
+        )
+    )

@@ -130,7 +130,8 @@ def _migrate(
     _await_running(source, spec.name, reporter)
     request = start_request(spec.name, destination.address, options)
     migration_id = source.call(source.migrations.StartMigration, request).migration_id
-    migration = follow(source, migration_id, reporter)
+    # No other daemon takes the place of one of ours that dies.
+    migration = follow(source, migration_id, reporter, away_s=0)
     if migration.state != types_pb2.MIGRATION_STATE_COMPLETED:
         return migration
     reporter.report("auditing", 0, 0, "the guest compares every page")

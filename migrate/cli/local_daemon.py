@@ -28,7 +28,7 @@ class LocalDaemon:
         self.name = name
         self.address = ""
         self._log_path = base_dir / f"{name}.log"
-        self._state_dir = base_dir / name
+        self._base_dir = base_dir
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -37,8 +37,6 @@ class LocalDaemon:
         Raises:
             CallFailedError: it ended, or did not serve in time; its log says why.
         """
-        # Sockets in here are as good as the guest's memory.
-        self._state_dir.mkdir(mode=0o700)
         ready_fd, child_fd = os.pipe()
         try:
             with self._log_path.open("wb") as log:
@@ -48,6 +46,8 @@ class LocalDaemon:
                     stdout=log,
                     stderr=log,
                     pass_fds=(child_fd,),
+                    # Its state goes when it does: it makes a directory of its own, in here.
+                    env={**os.environ, "TMPDIR": str(self._base_dir)},
                     # Ctrl-C is for us: we stop the daemon when its guests are gone.
                     process_group=0,
                 )
@@ -87,7 +87,7 @@ class LocalDaemon:
         return [
             *(sys.executable, "-m", "migrate", "daemon"),
             *("--listen", "127.0.0.1:0", "--page-listen", "127.0.0.1:0"),
-            *("--state-dir", str(self._state_dir), "--ready-fd", str(ready_fd)),
+            *("--ready-fd", str(ready_fd)),
         ]
 
     def _await_ready(self, ready_fd: int) -> str:

@@ -10,7 +10,7 @@ from migrate.cli.daemon import daemon
 from migrate.cli.demo import EXIT_TERMINATED, demo
 from migrate.cli.doctor import doctor
 from migrate.cli.guest import guest
-from migrate.cli.migration import EXIT_INTERRUPTED, cancel, list_migrations, start, status, switchover
+from migrate.cli.migration import EXIT_INTERRUPTED, cancel, list_migrations, recover, start, status, switchover
 from migrate.cli.render import EXIT_FAILED, EXIT_PAUSED
 from migrate.errors import MigrateError, PostcopyPausedError
 
@@ -43,6 +43,7 @@ main.add_command(guest)
 main.add_command(list_migrations)
 main.add_command(start)
 main.add_command(status)
+main.add_command(recover)
 main.add_command(switchover)
 
 

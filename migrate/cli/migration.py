@@ -1,6 +1,8 @@
-"""`migrate start`, `status`, `list`, `switchover` and `cancel`."""
+"""`migrate start`, `status`, `list`, `switchover`, `cancel` and `recover`."""
 
 import sys
+import time
+from collections.abc import Iterator
 from contextlib import closing
 from typing import Unpack
 
@@ -33,6 +35,10 @@ from migrate.v1 import migration_service_pb2, types_pb2
 # What a shell reports of a command that an interrupt ended.
 EXIT_INTERRUPTED = 130
 _CANCEL_DEADLINE_S = 90.0
+_RECOVER_DEADLINE_S = 120.0
+# A daemon that is started again takes up its migrations; whoever follows one waits for that.
+DAEMON_AWAY_S = 30.0
+_LOOK_S = 0.2
 
 _SETTLED = {
     types_pb2.MIGRATION_STATE_COMPLETED,
@@ -65,7 +71,7 @@ def start(name: str, to: str, detach: bool, daemon: str, as_json: bool, **option
             return
         try:
             with progress_reporter() as reporter:
-                final = follow(remote, migration_id, reporter)
+                final = follow(remote, migration_id, reporter, away_s=DAEMON_AWAY_S)
         except KeyboardInterrupt:
             click.echo(
                 f"migrate: detached; migration {migration_id} goes on: `migrate status {migration_id}`", err=True
@@ -129,6 +135,29 @@ def cancel(migration: str | None, daemon: str, as_json: bool) -> None:
         stdout_console().print(migration_detail(cancelled))
 
 
+@click.command()
+@click.argument("migration", required=False)
+@click.option("--to", type=ENDPOINT, help="Control address of the other daemon, if it is another one now.")
+@daemon_option
+@json_option
+def recover(migration: str | None, to: str | None, daemon: str, as_json: bool) -> None:
+    """Have the pages of MIGRATION, or of the daemon's latest one, flow again now.
+
+    Both daemons try by themselves all the time, with pauses; this is for impatience, and for a peer that has come back
+    at another address. Exits with 3 if pages do not flow yet.
+    """
+    with connect(daemon) as remote:
+        migration_id = migration or _latest(remote).migration_id
+        request = migration_service_pb2.RecoverMigrationRequest(migration_id=migration_id, to=to or "")
+        found = remote.call(remote.migrations.RecoverMigration, request, deadline_s=_RECOVER_DEADLINE_S).migration
+    if as_json:
+        print_json(migration_status_json(found))
+    else:
+        stdout_console().print(migration_detail(found))
+    if found.state in (types_pb2.MIGRATION_STATE_POSTCOPY_PAUSED, types_pb2.MIGRATION_STATE_FAILED):
+        finish(found)
+
+
 @click.command("list")
 @daemon_option
 @json_option
@@ -142,29 +171,38 @@ def list_migrations(daemon: str, as_json: bool) -> None:
         stdout_console().print(migration_table(migrations))
 
 
-def follow(remote: Daemon, migration_id: str, reporter: Reporter) -> types_pb2.Migration:
-    """Watch a migration until it has ended or stands still.
+def follow(remote: Daemon, migration_id: str, reporter: Reporter, *, away_s: float) -> types_pb2.Migration:
+    """Watch a migration until it has ended or stands still; a daemon that goes away may be back within some seconds.
 
     Raises:
         MigrateError: the daemon cannot be asked any more; the migration may go on.
     """
-    request = migration_service_pb2.WatchMigrationRequest(migration_id=migration_id)
-    try:
-        with closing(remote.stream(remote.migrations.WatchMigration, request)) as responses:
-            for response in responses:
-                migration: types_pb2.Migration = response.migration
+    away_since_s: float | None = None
+    while True:
+        try:
+            for migration in _watch(remote, migration_id):
+                away_since_s = None
                 report_migration(reporter, migration)
                 if migration.state in _SETTLED:
                     return migration
-    except ChannelError as exc:
-        raise ChannelError(
-            f"{exc.message}; what became of migration {migration_id} is not known here",
-            remedy=f"once the daemon answers again, ask with `migrate status {migration_id}`",
-        ) from exc
-    raise CallFailedError(
-        f"the daemon at {remote.address} stopped reporting on migration {migration_id} before its end",
-        remedy=f"ask with `migrate status {migration_id}`",
-    )
+            lost = ChannelError(f"the daemon at {remote.address} is shutting down")
+        except ChannelError as exc:
+            lost = exc
+        now_s = time.monotonic()
+        away_since_s = now_s if away_since_s is None else away_since_s
+        if now_s - away_since_s > away_s:
+            raise ChannelError(
+                f"{lost.message}; what became of migration {migration_id} is not known here",
+                remedy=f"once the daemon answers again, ask with `migrate status {migration_id}`",
+            ) from lost
+        time.sleep(_LOOK_S)
+
+
+def _watch(remote: Daemon, migration_id: str) -> Iterator[types_pb2.Migration]:
+    request = migration_service_pb2.WatchMigrationRequest(migration_id=migration_id)
+    with closing(remote.stream(remote.migrations.WatchMigration, request)) as responses:
+        for response in responses:
+            yield response.migration
 
 
 def finish(migration: types_pb2.Migration) -> None:

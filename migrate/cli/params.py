@@ -34,6 +34,10 @@ _NO_CONVERGENCE = {
     "fail": types_pb2.NO_CONVERGENCE_FAIL,
 }
 _TRANSPORTS = {"native": types_pb2.PAGE_TRANSPORT_NATIVE_GRPC, "grpcio": types_pb2.PAGE_TRANSPORT_GRPCIO}
+_DEADLINE_ACTIONS = {
+    "stop": types_pb2.DEADLINE_ACTION_STOP,
+    "poison": types_pb2.DEADLINE_ACTION_POISON,
+}
 _COMPRESSIONS = {"none": types_pb2.PAGE_COMPRESSION_NONE, "zstd": types_pb2.PAGE_COMPRESSION_ZSTD}
 _ORDERS = ("precopy", "follow", "bubble")
 
@@ -118,6 +122,9 @@ class MigrationOptions(TypedDict):
     transport: str
     compress: str
     verify: bool
+    peer_timeout: int
+    deadline: int
+    on_deadline: str
 
 
 def guest_options(*, kind: str, memory: str, vcpus: int) -> Callable[[_Command], _Command]:
@@ -201,6 +208,26 @@ def migration_options() -> Callable[[_Command], _Command]:
             help="What the pages are compressed with, but for those that a vCPU waits for.",
         ),
         click.option("--verify", is_flag=True, help="Compare a digest of every page, and of all memory at the end."),
+        click.option(
+            "--peer-timeout",
+            type=DURATION,
+            default="5s",
+            show_default=True,
+            help="Silence after which a daemon counts as lost.",
+        ),
+        click.option(
+            "--deadline",
+            type=DURATION,
+            default=0,
+            help="How long pages may stay away after the switchover.  [default: for ever]",
+        ),
+        click.option(
+            "--on-deadline",
+            type=_choice(_DEADLINE_ACTIONS),
+            default="stop",
+            show_default=True,
+            help="What the destination does then: end the guest, or let it run on without those pages.",
+        ),
     )
 
 
@@ -234,6 +261,9 @@ def start_request(guest: str, to: str, options: MigrationOptions) -> migration_s
         max_bandwidth_bytes_per_s=options["max_bandwidth"],
         verify=options["verify"],
         compression=_COMPRESSIONS[options["compress"]],
+        peer_timeout_us=options["peer_timeout"],
+        deadline_us=options["deadline"],
+        on_deadline=_DEADLINE_ACTIONS[options["on_deadline"]],
     )
 
 

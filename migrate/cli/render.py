@@ -84,6 +84,8 @@ def migration_status_json(migration: types_pb2.Migration) -> dict[str, Any]:
         ),
         "holder": _word(types_pb2.GuestHolder, migration.holder, "GUEST_HOLDER_"),
         "guest_touches_at_switchover": migration.guest_touches_at_switchover,
+        "attempt": migration.attempt,
+        "recoveries": migration.recoveries,
         "error": _error_json(migration.error) if migration.HasField("error") else None,
     }
 

@@ -1,7 +1,9 @@
 """The guests of this host: their processes, their names, and which migration is moving them."""
 
+import logging
 import os
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,30 +11,39 @@ from migrate.errors import (
     AlreadyExistsError,
     GuestBusyError,
     GuestGoneError,
+    GuestHolder,
+    GuestLostError,
     MigrateError,
     NotEnoughMemoryError,
     NotFoundError,
 )
 from migrate.guest.client import GuestClient
 from migrate.guest.layout import check_spec
-from migrate.guest.spawn import GuestProcess, start_guest
+from migrate.guest.spawn import GuestProcess, adopt_guest, start_guest
 from migrate.telemetry.host import available_bytes
 from migrate.units import format_bytes
 from migrate.v1 import types_pb2 as types
 
+_log = logging.getLogger(__name__)
 # Freeing the RAM of a large guest takes a while.
 _LEAVE_S = 10.0
 
 
 @dataclass(slots=True)
 class HostedGuest:
-    """One guest process and our connection to it; `is_leaving` once its end has begun, which frees the name last."""
+    """One guest process and our connection to it.
+
+    Attributes:
+        is_leaving: Its end has begun, which frees the name last.
+        is_spent: Its vCPUs have run elsewhere, or pages of it are lost: it can be deleted, and nothing else.
+    """
 
     spec: types.GuestSpec
     process: GuestProcess
     client: GuestClient
     migration_id: str = ""
     is_leaving: bool = False
+    is_spent: bool = False
 
 
 class GuestRegistry:
@@ -48,6 +59,23 @@ class GuestRegistry:
         self._reserved: set[str] = set()
         self._lock = threading.Lock()
         self._left = threading.Condition(self._lock)
+
+    def adopt(self) -> None:
+        """Take over the guests that a daemon before us left; those that have died meanwhile leave no trace."""
+        for socket_path in sorted(self._socket_dir.glob("*.sock")):
+            try:
+                process, client = adopt_guest(socket_path)
+                description, _, _, memfds = client.describe()
+            except GuestGoneError:
+                socket_path.unlink(missing_ok=True)
+                continue
+            except MigrateError as error:
+                _log.error("the guest at %s is left alone: %s", socket_path, error)
+                continue
+            for memfd in memfds:
+                os.close(memfd)
+            with self._lock:
+                self._guests[description.spec.name] = HostedGuest(description.spec, process, client)
 
     def create(self, spec: types.GuestSpec) -> types.Guest:
         """Start a guest of this host.
@@ -115,12 +143,22 @@ class GuestRegistry:
             migration_id=guest.migration_id,
         )
 
+    def all(self) -> Sequence[HostedGuest]:
+        """Every guest that does not leave."""
+        with self._lock:
+            return [guest for guest in self._guests.values() if not guest.is_leaving]
+
+    def find_instance(self, instance: str) -> "HostedGuest | None":
+        """The guest whose process is that one, of whatever name."""
+        return next((guest for guest in self.all() if instance and guest.client.instance == instance), None)
+
     def claim(self, name: str, migration_id: str) -> HostedGuest:
         """Bind a guest to a migration; it cannot be paused, resumed, deleted or moved otherwise meanwhile.
 
         Raises:
             NotFoundError: there is no such guest.
             GuestBusyError: another migration is moving it.
+            GuestLostError: it is fit for nothing but to be deleted.
         """
         guest = self.find(name)
         with self._lock:
@@ -133,16 +171,24 @@ class GuestRegistry:
         with self._lock:
             guest.migration_id = ""
 
-    def operate(self, name: str) -> HostedGuest:
+    def spend(self, guest: HostedGuest) -> None:
+        """Undo a claim, but never let the vCPUs run again."""
+        with self._lock:
+            guest.migration_id = ""
+            guest.is_spent = True
+
+    def operate(self, name: str, *, to_delete: bool = False) -> HostedGuest:
         """The guest of that name, for an operator's change.
 
         Raises:
             NotFoundError: there is no such guest.
             GuestBusyError: a migration is moving it.
+            GuestLostError: it is fit for nothing but to be deleted.
         """
         guest = self.find(name)
         with self._lock:
-            _check_free(guest)
+            if not (to_delete and guest.is_spent):
+                _check_free(guest)
         return guest
 
     def remove(self, guest: HostedGuest) -> None:
@@ -176,7 +222,7 @@ class GuestRegistry:
         try:
             process = start_guest(start_from, socket_path)
             try:
-                client = GuestClient(socket_path)
+                client = GuestClient(socket_path, attach=True)
             except MigrateError:
                 process.kill()
                 raise
@@ -194,5 +240,12 @@ class GuestRegistry:
 
 
 def _check_free(guest: HostedGuest) -> None:
+    if guest.is_spent:
+        # Not that it is lost: a guest that was given lost pages runs on at the destination.
+        raise GuestLostError(
+            f"a migration of guest {guest.spec.name!r} failed after its vCPUs had left: what is here is not whole",
+            holder=GuestHolder.UNSPECIFIED,
+            remedy="delete it, and restore the guest from a backup",
+        )
     if guest.migration_id:
         raise GuestBusyError(f"guest {guest.spec.name!r} is being moved by migration {guest.migration_id}")

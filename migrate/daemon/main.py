@@ -19,6 +19,7 @@ from migrate.config import DaemonConfig, Endpoint
 from migrate.daemon.guests import GuestRegistry
 from migrate.daemon.migrations import MigrationRegistry
 from migrate.daemon.services import GuestServicer, MigrationServicer, TransferServicer
+from migrate.daemon.state_dir import StateDir
 from migrate.daemon.status import ErrorInterceptor
 from migrate.errors import ConfigError
 from migrate.native.exports import Exports
@@ -45,6 +46,8 @@ _SERVER_OPTIONS = (
     # Two daemons on one port would each take some of the calls.
     ("grpc.so_reuseport", 0),
     ("grpc.max_receive_message_length", 64 << 20),
+    # Peers look for us as often as their --peer-timeout wants; gRPC would take that for an attack.
+    ("grpc.http2.max_ping_strikes", 0),
 )
 
 _log = logging.getLogger(__name__)
@@ -63,44 +66,56 @@ class Daemon:
     def __init__(self, config: DaemonConfig) -> None:
         listen = Endpoint.parse(config.listen)
         page_listen = Endpoint.parse(config.page_listen) if config.page_listen else Endpoint(listen.host, 0)
-        self._owns_state_dir = config.state_dir is None
-        self.state_dir = config.state_dir or Path(tempfile.mkdtemp(prefix="migrate-"))
+        self._is_mortal = config.state_dir is None
+        self._state = StateDir(config.state_dir or Path(tempfile.mkdtemp(prefix="migrate-")))
         self.stopping = threading.Event()
         self._exports = Exports()
-        self._guests = GuestRegistry(_make_socket_dir(self.state_dir))
-        self._migrations = MigrationRegistry(self._guests, self._exports, Clock())
+        self._guests = GuestRegistry(self._state.socket_dir)
+        self._migrations = MigrationRegistry(self._guests, self._exports, Clock(), self._state)
         self._health = health.HealthServicer()
         self._control = self._build_control_server()
         try:
             self.control_endpoint = _bind(self._control, listen)
             self._pages = PageServer(page_listen, self._exports)
         except ConfigError:
-            self._remove_state()
+            self._leave_state()
             raise
         self.page_endpoint = self._pages.endpoint
-        self._migrations.control_endpoint = self.control_endpoint
+        control = Endpoint.parse(config.advertise) if config.advertise else self.control_endpoint
+        pages = Endpoint.parse(config.advertise_pages) if config.advertise_pages else self.page_endpoint
+        self._migrations.control_endpoint = control
         self._migrations.page_endpoints = {
-            types.PAGE_TRANSPORT_NATIVE_GRPC: self.page_endpoint,
-            types.PAGE_TRANSPORT_GRPCIO: self.control_endpoint,
+            types.PAGE_TRANSPORT_NATIVE_GRPC: pages,
+            types.PAGE_TRANSPORT_GRPCIO: control,
         }
 
     def start(self) -> None:
-        """Serve."""
+        """Take up what a daemon before this one left in the state directory, and serve.
+
+        Raises:
+            StateDirError: it cannot be read.
+        """
+        self._guests.adopt()
+        self._migrations.restore(self._state.load())
         self._control.start()
         for service in ("", *_SERVICE_NAMES):
             self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
 
     def close(self) -> None:
-        """Stop serving, end sessions and guests, remove what was made."""
+        """Stop serving. What nobody could find again ends: without a state directory of the operator's, guests do."""
         self.stopping.set()
         self._health.enter_graceful_shutdown()
         control_stopped = self._control.stop(_GRACE_S)
+        if not self._is_mortal:
+            control_stopped.wait()
+            _log.info("guests and migrations wait in %s for the next daemon", self._state.path)
+            return
         self._migrations.close()
         self._pages.close()
         # A call that waits for its guest ends with the guest, so the guests go first.
         self._guests.close()
         control_stopped.wait()
-        self._remove_state()
+        self._leave_state()
 
     def _build_control_server(self) -> grpc.Server:
         server = grpc.server(
@@ -118,10 +133,10 @@ class Daemon:
         reflection.enable_server_reflection((*_SERVICE_NAMES, reflection.SERVICE_NAME), server)
         return server
 
-    def _remove_state(self) -> None:
-        shutil.rmtree(self.state_dir / "guests", ignore_errors=True)
-        if self._owns_state_dir:
-            shutil.rmtree(self.state_dir, ignore_errors=True)
+    def _leave_state(self) -> None:
+        self._state.close()
+        if self._is_mortal:
+            shutil.rmtree(self._state.path, ignore_errors=True)
 
 
 _SERVICE_NAMES = tuple(
@@ -136,10 +151,11 @@ _SERVICE_NAMES = tuple(
 
 
 def run_daemon(config: DaemonConfig) -> None:
-    """Run a daemon until SIGTERM or SIGINT.
+    """Run a daemon until SIGTERM or SIGINT. Does not return if guests outlive it.
 
     Raises:
-        ConfigError: an address cannot be listened on.
+        ConfigError: an address cannot be listened on, or the state directory is in use.
+        StateDirError: what is in it cannot be read.
     """
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
@@ -158,19 +174,16 @@ def run_daemon(config: DaemonConfig) -> None:
         os.read(wake_read, 1)
     finally:
         daemon.close()
+    if config.state_dir is not None:
+        # As if killed: threads that serve migrations have nothing to say that the state directory does not.
+        logging.shutdown()
+        os._exit(0)
 
 
 def _tell_ready(ready_fd: int, daemon: Daemon) -> None:
     line = json.dumps({"listen": str(daemon.control_endpoint), "page_listen": str(daemon.page_endpoint)})
     with os.fdopen(ready_fd, "w") as stream:
         stream.write(line + "\n")
-
-
-def _make_socket_dir(state_dir: Path) -> Path:
-    socket_dir = state_dir / "guests"
-    state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    socket_dir.mkdir(mode=0o700, exist_ok=True)
-    return socket_dir
 
 
 def _bind(server: grpc.Server, endpoint: Endpoint) -> Endpoint:

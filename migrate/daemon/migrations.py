@@ -3,20 +3,40 @@
 import logging
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from migrate.config import PROTOCOL_VERSION, Endpoint
-from migrate.daemon.guests import GuestRegistry
+from migrate.daemon.entries import destination_entry, reachable, source_entry
+from migrate.daemon.guests import GuestRegistry, HostedGuest
+from migrate.daemon.past import (
+    complete_past,
+    end_of,
+    fence_of,
+    guests_that_never_ran,
+    is_at_source,
+    resume_past,
+)
 from migrate.daemon.peer import GrpcPeer
-from migrate.errors import AlreadyExistsError, ConfigError, GuestHolder, NotFoundError
+from migrate.errors import (
+    AlreadyExistsError,
+    ConfigError,
+    GuestBusyError,
+    GuestHolder,
+    NotFoundError,
+    StateDirError,
+)
 from migrate.native.exports import Exports
 from migrate.pager.fetcher import make_fetcher
-from migrate.session.destination import DestinationSession, FetcherOf, Twin
-from migrate.session.ports import PeerPort
-from migrate.session.record import MigrationRecord
+from migrate.session.arrival import Twin
+from migrate.session.destination import DestinationSession
+from migrate.session.ledger import log_end
+from migrate.session.page_flow import FetcherOf
+from migrate.session.ports import Journal, PeerOf
+from migrate.session.record import MigrationRecord, nothing_to_recover
 from migrate.session.rules import (
     HostFacts,
     check_compression,
+    check_peer_timeout,
     check_prepare,
     check_terms,
     choose_mode,
@@ -25,24 +45,27 @@ from migrate.session.rules import (
 from migrate.session.source import SourceSession
 from migrate.telemetry.clock import Clock
 from migrate.telemetry.host import available_bytes
+from migrate.v1 import daemon_state_pb2 as saved
 from migrate.v1 import migration_service_pb2 as operator
 from migrate.v1 import transfer_service_pb2 as transfer
 from migrate.v1 import types_pb2 as types
 
 _JOIN_S = 10.0
 _AWAIT_US_MAX = 1_000_000
+_EVERY_ATTEMPT = 0xFFFFFFFF
 
 _log = logging.getLogger(__name__)
 
 
 class MigrationRegistry:
-    """All sessions of a daemon since it started. Thread-safe.
+    """All migrations of a daemon, those that one before it began or ended included. Thread-safe.
 
     Args:
         guests: The guests of this host.
         exports: Where source sessions publish pages.
         clock: Times every migration.
-        peer_of: Connects to another daemon, by its endpoint and role.
+        journal: Where they are written down.
+        peer_of: Connects to another daemon.
         fetcher_of: Makes what fetches pages from there.
     """
 
@@ -51,23 +74,44 @@ class MigrationRegistry:
         guests: GuestRegistry,
         exports: Exports,
         clock: Clock,
+        journal: Journal,
         *,
-        peer_of: Callable[[Endpoint, str], PeerPort] = GrpcPeer,
+        peer_of: PeerOf = GrpcPeer,
         fetcher_of: FetcherOf = make_fetcher,
     ) -> None:
         self._guests = guests
         self._exports = exports
         self._clock = clock
+        self._journal = journal
         self._peer_of = peer_of
         self._fetcher_of = fetcher_of
         self._sources: dict[str, SourceSession] = {}
         self._destinations: dict[str, DestinationSession] = {}
+        self._past: dict[str, saved.SavedMigration] = {}  # ended before this daemon was started
         self._records: dict[str, MigrationRecord] = {}
-        self._fenced: set[str] = set()
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
+        self._replacing = threading.Lock()
         self.page_endpoints: dict[int, Endpoint] = {}
         self.control_endpoint = Endpoint("", 0)
+
+    def restore(self, entries: Iterable[saved.SavedMigration]) -> None:
+        """Take up what a daemon before this one wrote down; its guests have been adopted, nobody calls yet."""
+        never_ran = set()
+        for twin in guests_that_never_ran(self._guests):
+            # Whatever its daemon was about to do with it, the source begins anew.
+            never_ran.add(twin.client.instance)
+            self._guests.remove(twin)
+        for entry in entries:
+            if entry.destination.instance in never_ran:
+                entry.destination.may_run = False
+            guest = self._guests.find_instance(entry.source.instance or entry.destination.instance)
+            if entry.HasField("final"):
+                self._remember(entry, guest)
+            elif entry.HasField("source"):
+                self._begin_source(entry, guest)
+            else:
+                self._take_up_destination(entry, guest)
 
     # ---- as a source ----
 
@@ -78,40 +122,36 @@ class MigrationRegistry:
             ConfigError: the terms make no sense.
             NotFoundError: there is no such guest.
             GuestBusyError: it is being moved already.
+            StateDirError: the migration cannot be written down.
         """
         check_terms(request.mode or types.MIGRATION_MODE_HYBRID, request.order)
         check_compression(request.compression, request.transport)
-        to = Endpoint.parse(request.to)
-        kind = self._guests.find(request.guest).spec.kind
-        choose_mode(request.mode, kind)
+        check_peer_timeout(request.peer_timeout_us)
+        Endpoint.parse(request.to)
+        choose_mode(request.mode, self._guests.find(request.guest).spec.kind)
         migration_id = uuid.uuid4().hex[:12]
         guest = self._guests.claim(request.guest, migration_id)
-        session = SourceSession(
-            migration_id,
-            request,
-            kind,
-            guest.client,
-            self._peer_of(to, "destination"),
-            self._exports,
-            page_endpoint=self.page_endpoints[choose_transport(request.transport)],
-            control_endpoint=self.control_endpoint,
-            clock=self._clock,
-            on_guest_left=lambda: self._guests.remove(guest),
-            on_guest_stays=lambda: self._guests.release(guest),
-        )
-        with self._lock:
-            self._sources[migration_id] = session
-            self._records[migration_id] = session.record
-        self._spawn(f"source-{migration_id}", session.run)
+        entry = source_entry(migration_id, request, guest)
+        try:
+            self._journal.save(entry)
+        except StateDirError:
+            self._guests.release(guest)
+            raise
+        self._begin_source(entry, guest)
         return migration_id
 
     def complete(self, request: transfer.CompleteRequest) -> None:
-        """END of a migration that left here.
+        """END of a migration that left here. Repeating it is harmless.
 
         Raises:
             NotFoundError: no such migration left here.
+            GuestBusyError: it did not come so far.
         """
-        self._outgoing(request.migration_id).complete(request.token, request.migration)
+        past = self._past.get(request.migration_id)
+        if past is None or not past.HasField("source"):
+            self._outgoing(request.migration_id).complete(request.token, request.migration)
+            return
+        complete_past(past, request)
 
     # ---- as a destination ----
 
@@ -126,31 +166,32 @@ class MigrationRegistry:
             MigrateError: why it cannot come; nothing was changed.
         """
         check_prepare(request, HostFacts(available_bytes()))
-        page_endpoint = _reachable(request.page_endpoint, peer_host)
-        control_endpoint = _reachable(request.control_endpoint, peer_host)
-        with self._lock:
-            if request.migration_id in self._sources:
-                raise ConfigError(
-                    "source and destination are the same daemon",
-                    holder=GuestHolder.SOURCE,
-                    remedy="choose another --to",
-                )
-            if request.migration_id in self._destinations or request.migration_id in self._fenced:
-                raise AlreadyExistsError(f"migration {request.migration_id!r} has been here before")
+        entry = destination_entry(request, peer_host)
+        attempt = entry.destination.attempt
+        with self._replacing:
+            before = self._make_way(request.migration_id, attempt)
             session = DestinationSession(
-                request,
-                page_endpoint,
+                entry,
+                request.guest.spec,
                 lambda description: self._build_twin(description, request.migration_id),
-                self._peer_of(control_endpoint, "source"),
+                self.control_endpoint,
+                self._peer_of,
                 self._clock,
+                self._journal,
                 self._fetcher_of,
             )
-            self._destinations[request.migration_id] = session
-            self._records[request.migration_id] = session.record
-        session.prepare()
+            with self._lock:
+                self._past.pop(request.migration_id, None)
+                self._destinations[request.migration_id] = session
+                self._records[request.migration_id] = session.record
+        if before is not None:
+            before.await_built()
+        session.prepare(request.guest)
         self._spawn(f"destination-{request.migration_id}", session.run)
         return transfer.PrepareResponse(
-            protocol_version=PROTOCOL_VERSION, transport=session.transport, compression=session.compression
+            protocol_version=PROTOCOL_VERSION,
+            transport=entry.destination.transport,
+            compression=entry.destination.compression,
         )
 
     def invalidate(self, request: transfer.InvalidateRequest) -> None:
@@ -175,22 +216,48 @@ class MigrationRegistry:
         Raises:
             NotFoundError: it never came here.
         """
+        past = self._past.get(migration_id)
+        if past is not None and past.HasField("destination"):
+            return past.final
         session = self._incoming(migration_id)
         session.await_complete(min(await_complete_us, _AWAIT_US_MAX))
         return session.record.snapshot()
 
-    def abort(self, migration_id: str, reason: str) -> None:
-        """Undo a Prepare, and fence the id: a Prepare or Switchover that is still on its way is refused.
+    def abort(self, migration_id: str, reason: str, attempt: int) -> None:
+        """Undo a Prepare, and fence the attempt: a Prepare or Switchover that is still on its way is refused.
 
         Raises:
             GuestBusyError: vCPUs run here, or may soon.
+            StateDirError: the fence could not be written down.
         """
-        with self._lock:
+        attempt = attempt or _EVERY_ATTEMPT
+        with self._replacing:
             session = self._destinations.get(migration_id)
             if session is None:
-                self._fenced.add(migration_id)
+                self._fence_past(migration_id, attempt)
                 return
-        session.abort(reason)
+        if attempt >= session.attempt:
+            session.abort(reason)
+            session.fence(attempt)
+
+    # ---- for the other daemon, whichever side it is ----
+
+    def resume(self, request: transfer.ResumeMigrationRequest, peer_host: str) -> transfer.ResumeMigrationResponse:
+        """The peer was lost, and is here again.
+
+        Raises:
+            NotFoundError: no such migration is here.
+            MigrateError: why it cannot go on.
+        """
+        control_endpoint = reachable(request.control_endpoint, peer_host)
+        incoming = self._destinations.get(request.migration_id)
+        if incoming is not None:
+            migration = incoming.resume(request.token, control_endpoint)
+            return transfer.ResumeMigrationResponse(migration=migration)
+        past = self._past.get(request.migration_id)
+        if past is None:
+            return self._outgoing(request.migration_id).resume(request.token, control_endpoint)
+        return resume_past(past, request)
 
     # ---- for operators ----
 
@@ -208,10 +275,32 @@ class MigrationRegistry:
 
         Raises:
             NotFoundError: no such migration leaves here.
-            GuestBusyError: it is too late.
+            GuestBusyError: it has come too far.
         """
         session = self._outgoing(migration_id)
         session.cancel()
+        return session.record.snapshot()
+
+    def recover(self, migration_id: str, to: str) -> types.Migration:
+        """Have pages flow again at once; returns after the try.
+
+        Args:
+            migration_id: Which migration, of either side.
+            to: Control address of the other daemon, if it is another one now.
+
+        Raises:
+            NotFoundError: no such migration is here.
+            GuestBusyError: nothing has been lost that this could bring back.
+            GuestLostError: it is lost for good.
+            ChannelError: the other daemon does not answer.
+        """
+        endpoint = Endpoint.parse(to) if to else None
+        with self._lock:
+            session = self._sources.get(migration_id) or self._destinations.get(migration_id)
+        if session is None:
+            record = self.record(migration_id)
+            raise nothing_to_recover(record)
+        session.recover(endpoint)
         return session.record.snapshot()
 
     def record(self, migration_id: str) -> MigrationRecord:
@@ -243,6 +332,36 @@ class MigrationRegistry:
         for thread in threads:
             thread.join(_JOIN_S)
 
+    # ---- sources ----
+
+    def _begin_source(self, entry: saved.SavedMigration, guest: HostedGuest | None) -> None:
+        migration_id = entry.migration_id
+        request = entry.source.request
+        if guest is not None:
+            guest.migration_id = migration_id
+
+        def with_guest(action: Callable[[HostedGuest], None]) -> Callable[[], None]:
+            return lambda: action(guest) if guest is not None else None
+
+        session = SourceSession(
+            entry,
+            entry.source.kind,
+            guest.client if guest is not None else None,
+            self._peer_of,
+            self._exports,
+            page_endpoint=self.page_endpoints[choose_transport(request.transport)],
+            control_endpoint=self.control_endpoint,
+            clock=self._clock,
+            journal=self._journal,
+            on_guest_left=with_guest(self._guests.remove),
+            on_guest_stays=with_guest(self._guests.release),
+            on_guest_spent=with_guest(self._guests.spend),
+        )
+        with self._lock:
+            self._sources[migration_id] = session
+            self._records[migration_id] = session.record
+        self._spawn(f"source-{migration_id}", session.run)
+
     def _outgoing(self, migration_id: str) -> SourceSession:
         with self._lock:
             session = self._sources.get(migration_id)
@@ -250,20 +369,102 @@ class MigrationRegistry:
             raise _unknown(migration_id)
         return session
 
+    # ---- destinations ----
+
+    def _make_way(self, migration_id: str, attempt: int) -> DestinationSession | None:
+        """See that no attempt of a migration lives but the one that is about to; the one before, if there was one."""
+        if migration_id in self._sources:
+            raise ConfigError(
+                "source and destination are the same daemon", holder=GuestHolder.SOURCE, remedy="choose another --to"
+            )
+        before = self._destinations.get(migration_id)
+        entry = self._past.get(migration_id) if before is None else before.entry
+        if entry is None:
+            return None
+        if entry.HasField("source") or attempt <= max(entry.destination.attempt, entry.destination.fenced_attempt):
+            raise AlreadyExistsError(f"attempt {attempt} of migration {migration_id!r} has been here before")
+        if before is not None:
+            before.abort("a later attempt takes its place")
+        elif not is_at_source(entry):
+            raise GuestBusyError(
+                f"migration {migration_id!r} has been here before, and its guest ran",
+                holder=GuestHolder(entry.final.holder),
+            )
+        return before
+
+    def _fence_past(self, migration_id: str, attempt: int) -> None:
+        entry = self._past.get(migration_id)
+        if entry is not None and not is_at_source(entry):
+            raise GuestBusyError("vCPUs have run at the destination", holder=GuestHolder(entry.final.holder))
+        fenced = fence_of(migration_id, entry, attempt)
+        self._journal.save(fenced)
+        self._past[migration_id] = fenced
+
     def _incoming(self, migration_id: str) -> DestinationSession:
         with self._lock:
             session = self._destinations.get(migration_id)
-        if session is None:
-            raise _unknown(migration_id)
-        return session
+        if session is not None:
+            return session
+        past = self._past.get(migration_id)
+        if past is not None and past.HasField("destination"):
+            holder = GuestHolder(past.final.holder)
+            raise GuestBusyError(f"migration {migration_id!r} has ended at the destination", holder=holder)
+        raise _unknown(migration_id)
 
     def _build_twin(self, description: types.GuestDescription, migration_id: str) -> Twin:
-        guest = self._guests.create_incoming(description, migration_id)
+        return self._twin_of(self._guests.create_incoming(description, migration_id))
+
+    def _twin_of(self, guest: HostedGuest) -> Twin:
         return Twin(
             guest.client,
             destroy=lambda: self._guests.remove(guest),
             arrived=lambda: self._guests.release(guest),
+            spend=lambda: self._guests.spend(guest),
         )
+
+    def _take_up_destination(self, entry: saved.SavedMigration, guest: HostedGuest | None) -> None:
+        """What a daemon before us received: it goes on if its guest runs here, and has ended if not."""
+        if guest is None:
+            end = types.MIGRATION_STATE_FAILED if entry.destination.may_run else types.MIGRATION_STATE_CANCELLED
+            holder = GuestHolder.NONE if entry.destination.may_run else GuestHolder.SOURCE
+            entry.final.CopyFrom(end_of(entry, end, holder))
+            try:
+                self._journal.save(entry)
+            except StateDirError as error:
+                _log.warning("%s; the next daemon will come to the same end", error)
+            log_end(entry.final)
+            self._remember(entry, None)
+            return
+        guest.migration_id = entry.migration_id
+        session = DestinationSession(
+            entry,
+            guest.spec,
+            lambda description: self._build_twin(description, entry.migration_id),
+            self.control_endpoint,
+            self._peer_of,
+            self._clock,
+            self._journal,
+            self._fetcher_of,
+            twin=self._twin_of(guest),
+        )
+        with self._lock:
+            self._destinations[entry.migration_id] = session
+            self._records[entry.migration_id] = session.record
+        self._spawn(f"destination-{entry.migration_id}", session.run)
+
+    # ---- both ----
+
+    def _remember(self, entry: saved.SavedMigration, guest: HostedGuest | None) -> None:
+        """A migration that has ended; what its daemon did not come to do with its guest is done now."""
+        self._past[entry.migration_id] = entry
+        if entry.final.state:
+            self._records[entry.migration_id] = MigrationRecord.of_ended(entry.final, self._clock)
+        if guest is None:
+            return
+        if entry.HasField("source") and entry.final.state == types.MIGRATION_STATE_COMPLETED:
+            self._guests.remove(guest)
+        elif entry.final.state == types.MIGRATION_STATE_FAILED and not is_at_source(entry):
+            self._guests.spend(guest)
 
     def _spawn(self, name: str, run: Callable[[], None]) -> None:
         def logged() -> None:
@@ -277,12 +478,6 @@ class MigrationRegistry:
             self._threads = [known for known in self._threads if known.is_alive()]
             self._threads.append(thread)
             thread.start()
-
-
-def _reachable(endpoint: str, peer_host: str) -> Endpoint:
-    """The peer's endpoint, with the host that its call came from where it names none."""
-    parsed = Endpoint.parse(endpoint)
-    return Endpoint(peer_host, parsed.port) if parsed.is_unspecified else parsed
 
 
 def _unknown(migration_id: str) -> NotFoundError:

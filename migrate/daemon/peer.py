@@ -7,6 +7,7 @@ import grpc
 
 from migrate.config import Endpoint
 from migrate.daemon.status import received_error
+from migrate.errors import ChannelError
 from migrate.v1 import transfer_service_pb2 as transfer
 from migrate.v1 import transfer_service_pb2_grpc as rpc
 from migrate.v1 import types_pb2 as types
@@ -14,10 +15,8 @@ from migrate.v1 import types_pb2 as types
 _Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
 
-_SHORT_S = 5.0
 _PREPARE_S = 30.0
 _SWITCHOVER_S = 60.0
-_OPTIONS = (("grpc.enable_http_proxy", 0), ("grpc.max_send_message_length", 64 << 20))
 
 
 class GrpcPeer:
@@ -26,11 +25,13 @@ class GrpcPeer:
     Args:
         endpoint: Where it listens.
         role: "source" or "destination", for error messages.
+        timeout_s: A daemon that gives no sign of life for so long is lost.
     """
 
-    def __init__(self, endpoint: Endpoint, role: str) -> None:
+    def __init__(self, endpoint: Endpoint, role: str, timeout_s: float) -> None:
         self._name = f"the {role} daemon at {endpoint}"
-        self._channel = grpc.insecure_channel(str(endpoint), options=_OPTIONS)
+        self._timeout_s = timeout_s
+        self._channel = grpc.insecure_channel(str(endpoint), options=_options(timeout_s))
         self._stub = rpc.TransferServiceStub(self._channel)
 
     def prepare(self, request: transfer.PrepareRequest) -> transfer.PrepareResponse:
@@ -43,20 +44,25 @@ class GrpcPeer:
 
     def invalidate(self, request: transfer.InvalidateRequest) -> None:
         """Say which pages are stale."""
-        self._call(self._stub.Invalidate, request, _SHORT_S)
+        self._call(self._stub.Invalidate, request, self._timeout_s)
 
     def get_incoming(self, migration_id: str, await_complete_us: int = 0) -> types.Migration:
         """The migration as the destination sees it, at once, or when no page is missing or the time is over."""
         request = transfer.GetIncomingRequest(migration_id=migration_id, await_complete_us=await_complete_us)
-        return self._call(self._stub.GetIncoming, request, _SHORT_S).migration
+        return self._call(self._stub.GetIncoming, request, self._timeout_s + await_complete_us / 1_000_000).migration
 
     def complete(self, request: transfer.CompleteRequest) -> None:
         """END."""
-        self._call(self._stub.Complete, request, _SHORT_S)
+        self._call(self._stub.Complete, request, self._timeout_s)
 
-    def abort(self, migration_id: str, reason: str) -> None:
-        """Undo Prepare; returns only if the guest never ran there and never will."""
-        self._call(self._stub.Abort, transfer.AbortRequest(migration_id=migration_id, reason=reason), _PREPARE_S)
+    def abort(self, migration_id: str, reason: str, attempt: int) -> None:
+        """Undo Prepare; returns only if this attempt and those before it never ran there and never will."""
+        request = transfer.AbortRequest(migration_id=migration_id, reason=reason, attempt=attempt)
+        self._call(self._stub.Abort, request, _PREPARE_S)
+
+    def resume_migration(self, request: transfer.ResumeMigrationRequest) -> transfer.ResumeMigrationResponse:
+        """Say where we are now, and hear how far the other side is."""
+        return self._call(self._stub.ResumeMigration, request, self._timeout_s)
 
     def close(self) -> None:
         """Close the connection."""
@@ -67,3 +73,26 @@ class GrpcPeer:
             return method(request, timeout=timeout_s)
         except grpc.RpcError as error:
             raise received_error(error, self._name) from error
+        except ValueError as error:  # of a channel that was closed before the call was made
+            raise ChannelError(f"{self._name} listens elsewhere now") from error
+
+
+def _options(timeout_s: float) -> tuple[tuple[str, int], ...]:
+    timeout_ms = int(timeout_s * 1000)
+    return (
+        ("grpc.enable_http_proxy", 0),
+        ("grpc.max_send_message_length", 64 << 20),
+        # One TCP connection of our own: what another migration's peer has learned of a link is not ours.
+        ("grpc.use_local_subchannel_pool", 1),
+        # A link that swallows everything is noticed within the timeout, though a call may wait for longer.
+        ("grpc.keepalive_time_ms", timeout_ms // 2),
+        ("grpc.keepalive_timeout_ms", timeout_ms // 2),
+        # grpcio 1.85 looks at this one instead (grpc/grpc#39239).
+        ("grpc.http2.ping_timeout_ms", timeout_ms // 2),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+        # Despite its name, the last of these is also how long gRPC gives an attempt to connect.
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.max_reconnect_backoff_ms", 1000),
+        ("grpc.min_reconnect_backoff_ms", timeout_ms),
+    )

@@ -55,7 +55,7 @@ class GuestServicer(guest_rpc.GuestServiceServicer):
     def DeleteGuest(
         self, request: guest.DeleteGuestRequest, context: grpc.ServicerContext
     ) -> guest.DeleteGuestResponse:
-        self._guests.remove(self._guests.operate(request.name))
+        self._guests.remove(self._guests.operate(request.name, to_delete=True))
         return guest.DeleteGuestResponse()
 
     def AuditGuest(self, request: guest.AuditGuestRequest, context: grpc.ServicerContext) -> guest.AuditGuestResponse:
@@ -122,6 +122,11 @@ class MigrationServicer(migration_rpc.MigrationServiceServicer):
     ) -> migration.CancelMigrationResponse:
         return migration.CancelMigrationResponse(migration=self._migrations.cancel(request.migration_id))
 
+    def RecoverMigration(
+        self, request: migration.RecoverMigrationRequest, context: grpc.ServicerContext
+    ) -> migration.RecoverMigrationResponse:
+        return migration.RecoverMigrationResponse(migration=self._migrations.recover(request.migration_id, request.to))
+
 
 class TransferServicer(transfer_rpc.TransferServiceServicer):
     """Migrations, for the other daemon."""
@@ -154,8 +159,13 @@ class TransferServicer(transfer_rpc.TransferServiceServicer):
         return transfer.CompleteResponse()
 
     def Abort(self, request: transfer.AbortRequest, context: grpc.ServicerContext) -> transfer.AbortResponse:
-        self._migrations.abort(request.migration_id, request.reason)
+        self._migrations.abort(request.migration_id, request.reason, request.attempt)
         return transfer.AbortResponse()
+
+    def ResumeMigration(
+        self, request: transfer.ResumeMigrationRequest, context: grpc.ServicerContext
+    ) -> transfer.ResumeMigrationResponse:
+        return self._migrations.resume(request, _peer_host(context.peer()))
 
 
 def _peer_host(peer: str) -> str:

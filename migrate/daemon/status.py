@@ -6,11 +6,12 @@ from typing import Any, NoReturn
 
 import grpc
 
-from migrate.errors import ChannelError, GuestHolder, MigrateError, error_class
+from migrate.errors import ChannelError, GuestHolder, MigrateError, PeerUnreachableError, error_class
 from migrate.session.ports import wire_holder
 from migrate.v1 import types_pb2 as types
 
 METADATA_ERROR = "migrate-error-bin"
+_NOT_CONNECTED = "failed to connect"
 
 
 def error_info(error: MigrateError) -> types.ErrorInfo:
@@ -80,7 +81,10 @@ def received_error(error: grpc.RpcError, peer: str) -> MigrateError:
             info = types.ErrorInfo.FromString(value)
             return _rebuild(info)
     code: grpc.StatusCode = call.code()
-    return ChannelError(f"{peer} did not answer: {code.name}: {call.details()}")
+    details = call.details() or ""
+    # gRPC has one status for "nobody there" and "gone while it worked", but different words.
+    cls = PeerUnreachableError if code is grpc.StatusCode.UNAVAILABLE and _NOT_CONNECTED in details else ChannelError
+    return cls(f"{peer} did not answer: {code.name}: {details}")
 
 
 def _rebuild(info: types.ErrorInfo) -> MigrateError:

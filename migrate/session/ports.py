@@ -3,15 +3,25 @@
 The daemon hands in the real ones; nothing in a session knows how a message travels.
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
+from migrate.config import Endpoint
 from migrate.errors import GuestHolder
+from migrate.v1 import daemon_state_pb2 as saved
 from migrate.v1 import transfer_service_pb2 as transfer
 from migrate.v1 import types_pb2 as types
 
 
 class GuestPort(Protocol):
     """A guest process on this host (migrate.guest.client.GuestClient)."""
+
+    instance: str
+    """Tells the process apart from every other guest process, of whatever name."""
+
+    def is_armed(self) -> bool:
+        """Whether RAM is registered: if not, and the guest has run, no page is missing."""
+        ...
 
     def describe(self) -> tuple[types.GuestDescription, "types.GuestState.ValueType", int, list[int]]:
         """Description, state, pid, and the memfd of each region, which the caller closes."""
@@ -81,13 +91,33 @@ class PeerPort(Protocol):
         """END."""
         ...
 
-    def abort(self, migration_id: str, reason: str) -> None:
-        """Undo Prepare; returns only if the guest never ran there and never will."""
+    def abort(self, migration_id: str, reason: str, attempt: int) -> None:
+        """Undo Prepare; returns only if this attempt and those before it never ran there and never will."""
+        ...
+
+    def resume_migration(self, request: transfer.ResumeMigrationRequest) -> transfer.ResumeMigrationResponse:
+        """Say where we are now, and hear how far the other side is."""
         ...
 
     def close(self) -> None:
         """Close the connection."""
         ...
+
+
+class Journal(Protocol):
+    """Where a session writes down what must outlive its daemon (migrate.daemon.state_dir.StateDir)."""
+
+    def save(self, migration: saved.SavedMigration) -> None:
+        """Write it down; once this returns, it is found again whatever happens to the host.
+
+        Raises:
+            StateDirError: it could not be written; what was there before still is.
+        """
+        ...
+
+
+PeerOf = Callable[[Endpoint, str, float], PeerPort]
+"""Connects to a daemon: its endpoint, its role, and the seconds of silence after which it is lost."""
 
 
 def wire_holder(holder: GuestHolder) -> "types.GuestHolder.ValueType":

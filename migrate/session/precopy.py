@@ -13,7 +13,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 
-from migrate.errors import ChannelError, MigrateError, MigrationAbortedError
+from migrate.errors import AttemptLostError, ChannelError, MigrateError, MigrationAbortedError, error_class
 from migrate.native.exports import Exports
 from migrate.session.convergence import Next, Round, Terms, next_step
 from migrate.session.ports import GuestPort, PeerPort
@@ -24,7 +24,6 @@ from migrate.v1 import types_pb2 as types
 
 _AWAIT_US = 100_000
 _AWAIT_LOOKING_US = 50_000
-_SILENT_S = 5.0
 # A block of the bitmap without a bit is left out; what is left of others goes without its zeros.
 _BLOCK_BYTES = 4096
 _NO_PAGES = bytes(_BLOCK_BYTES)
@@ -39,6 +38,8 @@ class Precopy:
 
     Args:
         migration_id: Names the migration.
+        attempt: And the try.
+        peer_timeout_us: A destination that is silent for so long is lost.
         guest: Which keeps the log.
         peer: The destination.
         exports: Where its pages are published, under the same id.
@@ -47,9 +48,19 @@ class Precopy:
     """
 
     def __init__(
-        self, migration_id: str, guest: GuestPort, peer: PeerPort, exports: Exports, clock: Clock, terms: Terms
+        self,
+        migration_id: str,
+        attempt: int,
+        peer_timeout_us: int,
+        guest: GuestPort,
+        peer: PeerPort,
+        exports: Exports,
+        clock: Clock,
+        terms: Terms,
     ) -> None:
         self._migration_id = migration_id
+        self._attempt = attempt
+        self._peer_timeout_us = peer_timeout_us
         self._guest = guest
         self._peer = peer
         self._exports = exports
@@ -84,7 +95,8 @@ class Precopy:
             is_forced: Whether the switchover shall come at once.
 
         Raises:
-            MigrationAbortedError: it does not converge, the destination gave up, or is silent.
+            MigrationAbortedError: it does not converge, or the destination gave up.
+            AttemptLostError: the destination is silent, or lost what it had.
         """
         arrived = self._await_complete(on_incoming, is_forced)
         while True:
@@ -168,7 +180,9 @@ class Precopy:
         return (written & ~known).to_bytes(len(block))
 
     def _invalidate(self, stale: list[transfer.StalePages], *, fetch: bool) -> None:
-        request = transfer.InvalidateRequest(migration_id=self._migration_id, generation=self.generation)
+        request = transfer.InvalidateRequest(
+            migration_id=self._migration_id, generation=self.generation, attempt=self._attempt
+        )
         request_bytes = 0
         for part in stale:
             if request_bytes + len(part.bitmap) > _REQUEST_BYTES_MAX:
@@ -190,13 +204,13 @@ class Precopy:
             try:
                 incoming = self._peer.get_incoming(self._migration_id, await_us)
             except ChannelError as error:
-                if self._clock.now_us() - heard_us > _SILENT_S * 1_000_000:
-                    raise MigrationAbortedError(f"the destination was lost in precopy: {error.message}") from error
+                if self._clock.now_us() - heard_us > self._peer_timeout_us:
+                    raise AttemptLostError(f"the destination was lost in precopy: {error.message}") from error
                 on_incoming(None)
                 continue
             heard_us = self._clock.now_us()
             if incoming.state in (types.MIGRATION_STATE_FAILED, types.MIGRATION_STATE_CANCELLED):
-                raise MigrationAbortedError(f"the destination gave up in precopy: {incoming.error.message}")
+                raise gave_up(incoming)
             on_incoming(incoming)
             # Pages, not bytes of the wire: they may be compressed there. Zeros cost nothing, and tell nothing.
             self._measure(incoming.pages.precopy - self._kept_pages, heard_us - begun_us)
@@ -215,3 +229,9 @@ class Precopy:
 def missing_pages(pages: types.PageCounts) -> int:
     """Pages that are not counted yet: each counts once when it arrives."""
     return pages.total - pages.zero - pages.precopy - pages.urgent - pages.background
+
+
+def gave_up(incoming: types.Migration) -> MigrationAbortedError:
+    """The error of a destination that will not run the guest; an AttemptLostError if another try may fare better."""
+    cls = AttemptLostError if issubclass(error_class(incoming.error.type), AttemptLostError) else MigrationAbortedError
+    return cls(f"the destination gave up: {incoming.error.message}")

@@ -3,30 +3,39 @@
 import threading
 from collections.abc import Callable
 
-from migrate.errors import GuestHolder, MigrateError
+from migrate.errors import GuestBusyError, GuestHolder, GuestLostError, MigrateError
 from migrate.session.ports import wire_holder
 from migrate.session.states import Event, Machine, Side, State
 from migrate.telemetry.clock import Clock
 from migrate.units import PAGE_SIZE_BYTES
 from migrate.v1 import types_pb2 as types
 
+LOST_REMEDY = "restore the guest from a backup"
+
 
 class MigrationRecord:
     """One migration on one side: its state machine, its message, and those who wait for it to change. Thread-safe.
 
     The lock also serialises the steps that must not cross: a switchover and an abort that meet, for one.
+
+    Args:
+        machine: Its place in the state table.
+        migration: What is known of it; the record's from now on.
+        clock: Times its phases, from now on.
     """
 
-    def __init__(self, side: Side, migration: types.Migration, clock: Clock) -> None:
-        self._machine = Machine(side)
+    def __init__(self, machine: Machine, migration: types.Migration, clock: Clock) -> None:
+        self._machine = machine
         self._migration = migration
         self._clock = clock
         self._started_us = clock.now_us()
-        self._entered_us: dict[State, int] = {State.SETUP: self._started_us}
+        self._entered_us: dict[State, int] = {machine.state: self._started_us}
+        self._has_final_times = False
+        self._foreseen_us: int | None = None
         self._version = 0
         self.lock = threading.RLock()
         self._changed = threading.Condition(self.lock)
-        migration.side = types.MigrationSide.ValueType(side.value)
+        migration.side = types.MigrationSide.ValueType(machine.side.value)
         migration.page_size_bytes = PAGE_SIZE_BYTES
         with self._changed:
             self._publish()
@@ -64,7 +73,12 @@ class MigrationRecord:
         """
         with self._changed:
             self._machine.on(event)
-            self._entered_us.setdefault(self._machine.state, self._clock.now_us())
+            if self._machine.state is State.SETUP:
+                # Another attempt: phases are those of the one that succeeds, the total is that of all.
+                self._entered_us.clear()
+            # An end is shown as it was written down.
+            ended_us = self._foreseen_us if self.is_final else None
+            self._entered_us.setdefault(self._machine.state, self._clock.now_us() if ended_us is None else ended_us)
             if error is not None:
                 self._set_error(error)
             self._publish()
@@ -81,18 +95,42 @@ class MigrationRecord:
             change(self._migration)
             self._publish()
 
+    @classmethod
+    def of_ended(cls, final: types.Migration, clock: Clock) -> "MigrationRecord":
+        """The record of a migration that ended before this daemon was started."""
+        machine = Machine(Side(final.side), State(final.state), GuestHolder(final.holder))
+        record = cls(machine, final, clock)
+        record._has_final_times = True
+        return record
+
     def snapshot(self) -> types.Migration:
         """The migration as it is now, times included."""
         with self.lock:
             migration = types.Migration()
             migration.CopyFrom(self._migration)
+            if self._has_final_times:
+                return migration
             end_us = self._entered_us.get(self._machine.state, 0) if self.is_final else self._clock.now_us()
-            migration.total_us = end_us - self._started_us
-            if State.PRECOPY in self._entered_us:
-                precopy_end_us = self._entered_us.get(State.SWITCHOVER, end_us)
-                migration.precopy_us = precopy_end_us - self._entered_us[State.PRECOPY]
-            if State.POSTCOPY in self._entered_us:
-                migration.postcopy_us = end_us - self._entered_us[State.POSTCOPY]
+            self._fill_times(migration, end_us)
+            return migration
+
+    def foresee(self, event: Event, error: MigrateError | None = None) -> types.Migration:
+        """The migration as it will be after an event, to be written down before that is seen.
+
+        Raises:
+            LocalProtocolError: the event is not allowed now.
+        """
+        with self.lock:
+            after = Machine(self._machine.side, self._machine.state, self._machine.holder)
+            after.on(event)
+            migration = types.Migration()
+            migration.CopyFrom(self._migration)
+            self._foreseen_us = self._clock.now_us()
+            self._fill_times(migration, self._foreseen_us)
+            migration.state = types.MigrationState.ValueType(after.state.value)
+            migration.holder = wire_holder(after.holder)
+            if error is not None:
+                migration.error.CopyFrom(_error_info(error, after.holder))
             return migration
 
     def wait_changed(self, seen_version: int, timeout_s: float) -> int:
@@ -106,12 +144,16 @@ class MigrationRecord:
         with self._changed:
             return self._changed.wait_for(lambda: wanted(self._machine.state), timeout_s)
 
+    def _fill_times(self, migration: types.Migration, end_us: int) -> None:
+        migration.total_us = end_us - self._started_us
+        if State.PRECOPY in self._entered_us:
+            precopy_end_us = self._entered_us.get(State.SWITCHOVER, end_us)
+            migration.precopy_us = precopy_end_us - self._entered_us[State.PRECOPY]
+        if State.POSTCOPY in self._entered_us:
+            migration.postcopy_us = end_us - self._entered_us[State.POSTCOPY]
+
     def _set_error(self, error: MigrateError) -> None:
-        self._migration.error.CopyFrom(
-            types.ErrorInfo(
-                type=error.type_name, message=error.message, holder=wire_holder(self.holder), remedy=error.remedy
-            )
-        )
+        self._migration.error.CopyFrom(_error_info(error, self.holder))
 
     def _publish(self) -> None:
         self._migration.state = types.MigrationState.ValueType(self._machine.state.value)
@@ -121,3 +163,14 @@ class MigrationRecord:
             self._migration.error.holder = self._migration.holder
         self._version += 1
         self._changed.notify_all()
+
+
+def nothing_to_recover(record: MigrationRecord) -> MigrateError:
+    """Why pages of a migration cannot be had to flow again."""
+    if record.holder is GuestHolder.NONE:
+        return GuestLostError(record.snapshot().error.message or "the guest is lost", remedy=LOST_REMEDY)
+    return GuestBusyError(f"there is nothing to recover in state {record.state.name}", holder=record.holder)
+
+
+def _error_info(error: MigrateError, holder: GuestHolder) -> types.ErrorInfo:
+    return types.ErrorInfo(type=error.type_name, message=error.message, holder=wire_holder(holder), remedy=error.remedy)

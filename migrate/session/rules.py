@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from migrate.config import PROTOCOL_VERSION
+from migrate.config import PEER_TIMEOUT_MIN_US, PROTOCOL_VERSION
 from migrate.errors import ConfigError, MissingFeatureError, NotEnoughMemoryError
 from migrate.units import PAGE_SIZE_BYTES, format_bytes, is_page_aligned
 from migrate.v1 import transfer_service_pb2 as transfer
@@ -10,8 +10,6 @@ from migrate.v1 import types_pb2 as types
 
 SUPPORTED_MODES = frozenset({types.MIGRATION_MODE_POSTCOPY, types.MIGRATION_MODE_HYBRID, types.MIGRATION_MODE_PRECOPY})
 SUPPORTED_ORDERS = ("precopy", "follow", "bubble")
-# The first version that knows Invalidate, and with it modes hybrid and precopy.
-PRECOPY_PROTOCOL_VERSION = 2
 SUPPORTED_TRANSPORTS = frozenset({types.PAGE_TRANSPORT_NATIVE_GRPC, types.PAGE_TRANSPORT_GRPCIO})
 COMPRESSING_TRANSPORTS = frozenset({types.PAGE_TRANSPORT_NATIVE_GRPC})
 SUPPORTED_COMPRESSIONS = frozenset(
@@ -80,16 +78,15 @@ def choose_mode(asked: int, kind: int) -> "types.MigrationMode.ValueType":
     return types.MigrationMode.ValueType(asked)
 
 
-def check_peer_version(mode: int, peer_version: int) -> None:
-    """Whether a destination can take part in a mode.
+def check_peer_timeout(peer_timeout_us: int) -> None:
+    """Whether a peer can be told from a lost one so soon.
 
     Raises:
-        MissingFeatureError: it speaks a version from before that.
+        ConfigError: it cannot.
     """
-    if mode != types.MIGRATION_MODE_POSTCOPY and peer_version < PRECOPY_PROTOCOL_VERSION:
-        raise MissingFeatureError(
-            f"the destination speaks protocol version {peer_version}, which knows mode postcopy alone",
-            remedy="use --mode postcopy, or update the destination",
+    if peer_timeout_us and peer_timeout_us < PEER_TIMEOUT_MIN_US:
+        raise ConfigError(
+            f"a peer is not lost after {peer_timeout_us / 1000:g} ms: the least is {PEER_TIMEOUT_MIN_US / 1000:g} ms"
         )
 
 
@@ -138,6 +135,7 @@ def check_prepare(request: transfer.PrepareRequest, facts: HostFacts) -> None:
     if not 0 < region.size_bytes <= MEMORY_MAX_BYTES:
         raise ConfigError(f"{format_bytes(region.size_bytes)} is no size of a guest's memory")
     check_terms(request.mode, request.order)
+    check_peer_timeout(request.peer_timeout_us)
     if region.resident_bytes > facts.available_bytes:
         raise NotEnoughMemoryError(
             f"the guest occupies {format_bytes(region.resident_bytes)},"

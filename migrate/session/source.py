@@ -1,145 +1,156 @@
-"""The source's side of one migration: prepare, precopy, pause, hand over, serve pages until END.
+"""The source's side of one migration: attempts until the guest runs there, then pages until END.
 
-Who holds the guest is never guessed. Once Switchover was sent, the vCPUs stay paused here until the destination either
-runs the guest, or says that it never did and never will; if the answer is lost, the source asks until it knows.
+Before the switchover the guest runs on here whatever is lost, so a lost daemon or link costs an attempt, and the next
+one begins anew. After it, the only copies of missing pages are here: they are served until the destination has said
+END, which is written down before it is acknowledged.
 """
 
 import contextlib
 import os
+import random
 import secrets
 import threading
 from collections.abc import Callable
 
-from migrate.config import PROTOCOL_VERSION, Endpoint
+from migrate.barriers import Point, reach
+from migrate.config import CONNECT_DEADLINE_S, PEER_TIMEOUT_DEFAULT_US, Endpoint
 from migrate.errors import (
+    AttemptLostError,
     ChannelError,
     GuestBusyError,
+    GuestGoneError,
     GuestHolder,
     GuestLostError,
-    LocalProtocolError,
     MigrateError,
     MigrationAbortedError,
-    NotFoundError,
+    PeerUnreachableError,
     PermissionDeniedError,
-    PostcopyPausedError,
+    StateDirError,
 )
-from migrate.native.compression import Compression
 from migrate.native.exports import Exports
-from migrate.native.page_source import PageSource
-from migrate.session.convergence import DOWNTIME_LIMIT_DEFAULT_US, Next, Terms
-from migrate.session.ports import GuestPort, PeerPort
-from migrate.session.precopy import Precopy
-from migrate.session.record import MigrationRecord
-from migrate.session.rules import check_peer_version, check_terms, choose_compression, choose_mode, choose_transport
-from migrate.session.states import Event, Side, State
+from migrate.session import figures
+from migrate.session.attempt import Attempt, CancelledError, Outgoing, StoppedError
+from migrate.session.backoff import Backoff
+from migrate.session.convergence import DOWNTIME_LIMIT_DEFAULT_US, Terms
+from migrate.session.ledger import Ledger
+from migrate.session.ports import GuestPort, Journal, PeerOf
+from migrate.session.record import MigrationRecord, nothing_to_recover
+from migrate.session.rules import check_terms, choose_mode, choose_transport
+from migrate.session.serving import LOST_WORDS, DestinationLink, Serving
+from migrate.session.states import FINAL_STATES, Event, Machine, Side, State
+from migrate.session.two_generals import RETRY_FIRST_S, RETRY_MAX_S, learn_whether_it_runs
 from migrate.telemetry.clock import Clock
-from migrate.units import bytes_to_pages
-from migrate.v1 import migration_service_pb2 as operator
+from migrate.v1 import daemon_state_pb2 as saved
 from migrate.v1 import transfer_service_pb2 as transfer
 from migrate.v1 import types_pb2 as types
 
 _POLL_S = 0.2
-_RETRY_FIRST_S = 0.1
-_RETRY_MAX_S = 2.0
-_PEER_SILENT_POLLS_MAX = 25
-# Pages of the last round that do not come in the time that was reckoned get this much more.
-_COMPLETE_GRACE_US = 1_000_000
 _CANCEL_DEADLINE_S = 60.0
-_RUNNING_STATES = (
-    types.MIGRATION_STATE_POSTCOPY,
-    types.MIGRATION_STATE_POSTCOPY_PAUSED,
-    types.MIGRATION_STATE_COMPLETED,
-)
-
-
-class _CancelledError(MigrationAbortedError):
-    """The operator gave up; the session's thread undoes what there is."""
+# So often, and for so many times the peer's timeout, a destination that was reached once is tried again.
+_ATTEMPTS_MAX = 16
+_LOST_TIMEOUTS_MAX = 12
+_AFTER_SWITCHOVER = (State.SWITCHOVER, State.POSTCOPY, State.POSTCOPY_PAUSED, State.POSTCOPY_RECOVER)
 
 
 class SourceSession:
     """Moves one guest away from this host. `run` is its thread; the rest is called by others.
 
     Args:
-        migration_id: Names the migration on both sides.
-        request: What the operator asked for; `request.guest` is locked for this session.
-        kind: Its kind.
-        guest: The guest process.
-        peer: The destination daemon.
+        entry: The migration as it is written down: a new one, or one that a daemon before this one began.
+        kind: The guest's kind.
+        guest: The guest process, locked for this session; None if it has died since the entry was written.
+        peer_of: Connects to the destination.
         exports: Where the guest's pages are published.
         page_endpoint: Our PageService for the transport that is asked for, as the destination should see it.
         control_endpoint: Our TransferService, likewise.
         clock: Times it all.
+        journal: Where the entry is written.
         on_guest_left: Called once END is acknowledged; frees the guest and its RAM.
         on_guest_stays: Called before the migration is seen to have failed or to be cancelled; unlocks the guest.
+        on_guest_spent: Called when the guest's other half is lost: what is here must never run again.
     """
 
     def __init__(
         self,
-        migration_id: str,
-        request: operator.StartMigrationRequest,
+        entry: saved.SavedMigration,
         kind: "types.GuestKind.ValueType",
-        guest: GuestPort,
-        peer: PeerPort,
+        guest: GuestPort | None,
+        peer_of: PeerOf,
         exports: Exports,
         *,
         page_endpoint: Endpoint,
         control_endpoint: Endpoint,
         clock: Clock,
+        journal: Journal,
         on_guest_left: Callable[[], None],
         on_guest_stays: Callable[[], None],
+        on_guest_spent: Callable[[], None],
     ) -> None:
+        source = entry.source
+        request = source.request
+        request.peer_timeout_us = request.peer_timeout_us or PEER_TIMEOUT_DEFAULT_US
         mode = choose_mode(request.mode, kind)
         check_terms(mode, request.order)
-        self._request = request
-        self._terms = Terms(
-            mode,
-            request.downtime_limit_us or DOWNTIME_LIMIT_DEFAULT_US,
-            request.on_no_convergence or types.NO_CONVERGENCE_POSTCOPY,
-        )
-        self._guest = guest
-        self._peer = peer
-        self._exports = exports
-        self._page_endpoint = page_endpoint
-        self._control_endpoint = control_endpoint
+        self._saved = source
+        self._is_taken_up = source.attempt > 0
         self._clock = clock
+        self._timeout_us = request.peer_timeout_us
+        self._guest = guest
         self._on_guest_left = on_guest_left
         self._on_guest_stays = on_guest_stays
-        self._token = secrets.token_urlsafe(32)
+        self._on_guest_spent = on_guest_spent
         self._stopping = threading.Event()
         self._forced = threading.Event()
-        self._precopy: Precopy | None = None
-        self._is_published = False
-        self._paused_us = 0
-        self._compression = Compression.NONE  # until the destination has agreed to another
-        self._memfds: list[int] = []
-        self._source: PageSource | None = None
+        self._attempt: Attempt | None = None
+        self._lost_us: int | None = None
+        self._is_reached = self._is_taken_up
+        self._serving: Serving | None = None
         self.record = MigrationRecord(
-            Side.SOURCE,
+            Machine(Side.SOURCE, State.SWITCHOVER if self._is_taken_up else State.SETUP),
             types.Migration(
-                migration_id=migration_id,
+                migration_id=entry.migration_id,
                 guest=request.guest,
                 guest_kind=kind,
                 mode=mode,
                 order=request.order,
-                transport=choose_transport(request.transport),
-                compression=types.PAGE_COMPRESSION_NONE,
-                peer=request.to,
+                transport=source.transport or choose_transport(request.transport),
+                compression=source.compression or types.PAGE_COMPRESSION_NONE,
+                peer=source.to,
+                attempt=source.attempt,
             ),
             clock,
         )
+        self._ledger = Ledger(self.record, entry, journal)
+        terms = Terms(
+            mode,
+            request.downtime_limit_us or DOWNTIME_LIMIT_DEFAULT_US,
+            request.on_no_convergence or types.NO_CONVERGENCE_POSTCOPY,
+        )
+        self._link = DestinationLink(
+            self._ledger, control_endpoint, page_endpoint, peer_of, clock, must_announce=self._is_taken_up
+        )
+        self._out: Outgoing | None = None
+        if guest is not None:
+            self._out = Outgoing(self._ledger, terms, guest, self._link, exports, clock, self._pause_between)
+        self._exports = exports
 
     def run(self) -> None:
         """Drive the migration to a final state, or until `stop`."""
         try:
-            self._prepare()
-            self._switch_over(self._copy_before())
+            is_over_there = self._is_taken_up and self._take_up()
+            while not is_over_there:
+                is_over_there = self._try()
             self._serve_until_end()
-        except _CancelledError:
+        except StoppedError:
+            return
+        except CancelledError:
             self._undo()
         except MigrateError as error:
             self._fail(error)
         finally:
             self._release()
+
+    # ---- called by others ----
 
     def start_switchover(self) -> None:
         """Switch over as soon as possible, whatever the mode waits for. Repeating it is harmless.
@@ -159,6 +170,7 @@ class SourceSession:
 
         Raises:
             GuestBusyError: the vCPUs have been told to stop for it, or it is over.
+            StateDirError: that could not be written down; the migration goes on.
         """
         with self.record.lock:
             if self.record.state not in (State.CANCELLING, State.CANCELLED):
@@ -168,13 +180,64 @@ class SourceSession:
                         holder=self.record.holder,
                         remedy="wait for its end; from postcopy on, a guest can only go on to its destination",
                     )
+                self._saved.is_cancelled = True
+                try:
+                    self._ledger.save()
+                except StateDirError:
+                    self._saved.is_cancelled = False
+                    raise
                 self.record.on(Event.CANCEL)
         if not self.record.wait_state(_is_final, _CANCEL_DEADLINE_S):
             raise GuestBusyError("the destination has not answered yet; the guest runs on at the source")
 
+    def recover(self, to: Endpoint | None) -> None:
+        """Have pages flow again at once, perhaps from a destination that listens elsewhere now.
+
+        Raises:
+            GuestBusyError: nothing has been lost that this could bring back.
+            GuestLostError: it is lost for good.
+            ChannelError: the destination cannot be reached.
+        """
+        if self.record.state not in _AFTER_SWITCHOVER:
+            raise nothing_to_recover(self.record)
+        if to is not None:
+            self._link.turn_to(to)
+        self._link.announce_again()
+        if self._serving is None:
+            return  # the session's thread is asking who runs the guest, and will at the new address
+        self._serving.look()
+        # That thread follows what comes of it.
+        self.record.wait_state(lambda state: state is not State.POSTCOPY_PAUSED, self._timeout_us / 1_000_000)
+
     def stop(self) -> None:
         """Have `run` return soon, wherever it is. Who holds the guest does not change."""
         self._stopping.set()
+
+    def resume(self, token: str, control_endpoint: Endpoint) -> transfer.ResumeMigrationResponse:
+        """The destination, where the guest runs, asks for pages again, perhaps from another address.
+
+        Raises:
+            PermissionDeniedError: not this migration's token.
+            GuestLostError: its pages are not here any more.
+            GuestBusyError: the guest has not been handed over.
+        """
+        self._check_token(token)
+        with self.record.lock:
+            if self.record.state is State.FAILED and self.record.holder is not GuestHolder.SOURCE:
+                raise GuestLostError(LOST_WORDS)
+            if self.record.state not in (*_AFTER_SWITCHOVER, State.COMPLETED):
+                raise GuestBusyError(
+                    f"no pages are served in state {self.record.state.name}", holder=self.record.holder
+                )
+            if self._guest is None:
+                raise GuestLostError(LOST_WORDS)
+            if self._attempt is None and self.record.state is not State.COMPLETED:
+                raise ChannelError("the source daemon has just been started, and does not serve pages yet")
+            self._note_running()
+        self._link.offer(control_endpoint)
+        return transfer.ResumeMigrationResponse(
+            page_endpoint=str(self._link.page_endpoint), migration=self.record.snapshot()
+        )
 
     def complete(self, token: str, destination: types.Migration) -> None:
         """END arrived from the destination. Repeating it is harmless.
@@ -182,216 +245,195 @@ class SourceSession:
         Raises:
             PermissionDeniedError: not this migration's token.
             GuestBusyError: the migration is not at a point where END makes sense.
+            StateDirError: it could not be written down; say it again later.
         """
-        if not secrets.compare_digest(token.encode(), self._token.encode()):
-            raise PermissionDeniedError("the token is not this migration's")
+        self._check_token(token)
+        reach(Point.SOURCE_ENDING, self.record.migration_id)
         with self.record.lock:
             if self.record.state is State.COMPLETED:
                 return
-            if self.record.state is State.SWITCHOVER:
-                # The guest has run and finished there before our call returned: END says both.
-                self._note_running()
+            # The guest may have run and finished there before our call returned: END says both.
+            self._note_running()
             if not self.record.can(Event.END):
                 raise GuestBusyError(f"END makes no sense in state {self.record.state.name}", holder=self.record.holder)
-            self.record.update(lambda migration: _merge(migration, destination))
-            self.record.on(Event.END)
+            self.record.update(lambda migration: figures.merge(migration, destination))
+            self._ledger.end(Event.END)
+        reach(Point.SOURCE_ENDED, self.record.migration_id)
 
-    # ---- SETUP ----
+    # ---- before the guest runs there ----
 
-    def _prepare(self) -> None:
-        description, _, _, self._memfds = self._guest.describe()
-        self.record.update(lambda migration: _describe(migration, description))
-        prepared = self._peer.prepare(
-            transfer.PrepareRequest(
-                migration_id=self.record.migration_id,
-                protocol_version=PROTOCOL_VERSION,
-                guest=description,
-                page_endpoint=str(self._page_endpoint),
-                control_endpoint=str(self._control_endpoint),
-                token=self._token,
-                mode=types.MigrationMode.ValueType(self._terms.mode),
-                order=self._request.order,
-                transport=choose_transport(self._request.transport),
-                max_bandwidth_bytes_per_s=self._request.max_bandwidth_bytes_per_s,
-                verify=self._request.verify,
-                compression=self._request.compression,
-            )
-        )
-        check_peer_version(self._terms.mode, prepared.protocol_version)
-        if prepared.compression == self._request.compression:
-            self._compression = Compression(choose_compression(prepared.compression, prepared.transport))
-        self.record.update(lambda migration: _note_transport(migration, prepared.transport, self._compression))
-        self._source = PageSource(self._memfds[0], bytes_to_pages(description.regions[0].size_bytes))
+    def _take_up(self) -> bool:
+        """A daemon before us began this: find out how far it came. True: the guest runs at the destination."""
+        is_paused = self._look_at_guest()
+        if self._out is None or self._guest is None:
+            lost = GuestLostError("the guest process died at the source")
+            try:
+                self._ask(lost)
+            except MigrationAbortedError as error:
+                raise lost from error
+            return True
+        if self._saved.is_cancelled or not is_paused:
+            # Its vCPUs were never stopped, or run again: no switchover of its was ever sent, or it was fenced.
+            self.record.on(Event.RETRY)
+            if self._saved.is_cancelled:
+                self.record.on(Event.CANCEL)
+                raise CancelledError("cancelled")
+            return False
+        attempt = self._serve_again(self._out)
+        try:
+            self._ask(ChannelError("the source daemon was started again"))
+        except AttemptLostError as error:
+            self._retreat(attempt, error)
+            return False
+        return True
 
-    # ---- PRECOPY ----
+    def _look_at_guest(self) -> bool:
+        """Whether its vCPUs were told to stop. One that does not answer has died with the daemon before us."""
+        if self._guest is None:
+            return False
+        try:
+            # What we do not know of its rounds, we do not use: a next attempt begins a log of its own.
+            self._guest.stop_dirty_log()
+            _, state, _, memfds = self._guest.describe()
+        except GuestGoneError:
+            self._guest = self._out = None
+            return False
+        for memfd in memfds:
+            os.close(memfd)
+        return state == types.GUEST_STATE_PAUSED
 
-    def _copy_before(self) -> Next:
-        """Move pages while the guest runs here, until it is time to switch over; say how."""
-        if self._terms.mode == types.MIGRATION_MODE_POSTCOPY or self._source is None:
-            return Next.SWITCH_WITH_REST
-        self._advance(Event.PRECOPY)
-        if self._request.verify:
-            self._source.digest_replies()
-        self._publish()
-        self._precopy = Precopy(
-            self.record.migration_id, self._guest, self._peer, self._exports, self._clock, self._terms
-        )
-        self._precopy.begin()
-        return self._precopy.run(self._follow_precopy, self._forced.is_set)
+    def _serve_again(self, out: Outgoing) -> Attempt:
+        """Serve the pages of vCPUs that stand still: somebody may need them, whatever else is known."""
+        while True:
+            attempt = Attempt(out, self._saved.attempt)
+            try:
+                attempt.serve_again()
+            except MigrateError as error:
+                attempt.close()
+                self.record.note_error(error)
+                self._pause_between(RETRY_MAX_S)
+            else:
+                self._attempt = attempt
+                return attempt
+
+    def _ask(self, lost: MigrateError) -> None:
+        learn_whether_it_runs(self.record, lambda: self._link.peer, self._saved.attempt, lost, self._pause_between)
+        self._note_running()
+
+    def _try(self) -> bool:
+        """One attempt. True: the guest runs at the destination. False: it is lost, and another may be made."""
+        if self._out is None:
+            raise GuestLostError("the guest process died at the source")
+        self._saved.attempt += 1
+        self._ledger.save()
+        self.record.update(self._note_attempt)
+        attempt = self._attempt = Attempt(self._out, self._saved.attempt)
+        try:
+            attempt.prepare()
+            self._is_reached, self._lost_us = True, None
+            attempt.switch_over(attempt.copy_before(self._follow_precopy, self._forced.is_set))
+        except AttemptLostError as error:
+            self._retreat(attempt, error)
+            return False
+        self._note_running()
+        reach(Point.SOURCE_RUNNING, self.record.migration_id)
+        return True
+
+    def _retreat(self, attempt: Attempt, error: AttemptLostError) -> None:
+        """The guest runs on here; wait a little, unless there were tries enough."""
+        attempt.retreat(guest_stays=True)
+        if self.record.state is State.SWITCHOVER:
+            self._resume_guest(error)
+        attempt.close()
+        now_us = self._clock.now_us()
+        self._lost_us = self._lost_us or now_us
+        # One that never was reached is perhaps being started; more likely, the address is wrong.
+        patience_us = _LOST_TIMEOUTS_MAX * self._timeout_us if self._is_reached else CONNECT_DEADLINE_S * 1_000_000
+        if self._saved.attempt >= _ATTEMPTS_MAX or now_us - self._lost_us > patience_us:
+            if isinstance(error.__cause__, PeerUnreachableError):
+                raise error.__cause__
+            raise MigrationAbortedError(f"{error.message}; given up after {self._saved.attempt} attempts")
+        with self.record.lock:
+            if self.record.state is State.CANCELLING:
+                raise CancelledError("cancelled")
+            self.record.on(Event.RETRY, error)
+        backoff = Backoff(RETRY_FIRST_S * 2 ** min(self._saved.attempt, 5), RETRY_MAX_S, random.Random())  # noqa: S311
+        self._pause_between(backoff.next_s())
+
+    def _resume_guest(self, error: MigrateError) -> None:
+        if self._guest is None:
+            return
+        try:
+            self._guest.resume()
+        except MigrateError as resume_error:
+            raise GuestLostError(f"{error.message}; then {resume_error.message}") from resume_error
 
     def _follow_precopy(self, incoming: types.Migration | None) -> None:
         """Take over figures, if there are any; raise what ends the precopy from here."""
         if incoming is None:
             self._stopping.wait(_POLL_S)
+        self._check_wanted()
+        precopy = self._attempt.precopy if self._attempt is not None else None
+        if incoming is not None and precopy is not None:
+            self._link.note_heard()
+            generation = precopy.generation
+            self.record.update(lambda migration: figures.merge_pages(migration, incoming, generation))
+
+    def _check_wanted(self) -> None:
         if self._stopping.is_set():
             raise MigrationAbortedError("the source daemon is shutting down")
         with self.record.lock:
             if self.record.state is State.CANCELLING:
-                raise _CancelledError("cancelled")
-        if incoming is not None and self._precopy is not None:
-            generation = self._precopy.generation
-            self.record.update(lambda migration: _merge_pages(migration, incoming, generation))
+                raise CancelledError("cancelled")
 
-    def _advance(self, event: Event) -> None:
-        """A step that a cancellation may have come before."""
-        with self.record.lock:
-            if self.record.state is State.CANCELLING:
-                raise _CancelledError("cancelled")
-            self.record.on(event)
+    def _pause_between(self, pause_s: float) -> None:
+        """Wait between tries, for as long as they are wanted."""
+        self.record.wait_state(lambda state: state is State.CANCELLING or _is_final(state), pause_s)
+        if self._stopping.is_set() and self.record.state is State.SWITCHOVER:
+            raise StoppedError
+        self._check_wanted()
 
-    def _publish(self) -> None:
-        if self._source is not None and not self._is_published:
-            self._exports.publish(self.record.migration_id, self._token, self._source, self._compression)
-            self._is_published = True
-
-    # ---- SWITCHOVER ----
-
-    def _switch_over(self, how: Next) -> None:
-        if self._source is None:
-            raise LocalProtocolError("switchover before prepare")
-        self._advance(Event.PREPARED if self._precopy is None else Event.SWITCHOVER)
-        with_all = how is Next.SWITCH_WITH_ALL
-        self._paused_us = self._clock.now_us()
-        self._guest.pause()
-        if self._precopy is not None:
-            self._precopy.last_round(fetch=with_all)
-        memory_digest = self._source.take_digests() if self._request.verify else 0
-        # Pages are served from before the state is loaded, which may touch some.
-        self._publish()
-        state, touches = self._guest.save_state()
-        self.record.update(lambda migration: _note_touches(migration, touches))
-        request = transfer.SwitchoverRequest(
-            migration_id=self.record.migration_id,
-            state=state,
-            guest_touches=touches,
-            memory_digest=memory_digest,
-            complete_within_us=self._terms.downtime_limit_us + _COMPLETE_GRACE_US if with_all else 0,
-        )
-        try:
-            self._peer.switch_over(request)
-        except MigrateError as error:
-            if error.holder is GuestHolder.SOURCE:
-                raise
-            self.record.note_error(error)
-            if not self._learn_whether_it_runs(error):
-                return
-        self._note_running()
+    # ---- once it does ----
 
     def _note_running(self) -> None:
-        """The answer to Switchover or END came, whichever is first: the vCPUs run there."""
+        """An answer, END, or a request for pages came, whichever is first: the vCPUs run there."""
         with self.record.lock:
             if self.record.state is State.SWITCHOVER:
-                downtime_us = self._clock.now_us() - self._paused_us
-                self.record.update(lambda migration: _note_downtime(migration, downtime_us))
+                paused_us = self._attempt.paused_us if self._attempt is not None else None
+                if paused_us is not None:
+                    downtime_us = self._clock.now_us() - paused_us
+                    self.record.update(lambda migration: _note_downtime(migration, downtime_us))
                 self.record.on(Event.RUNNING)
 
-    def _learn_whether_it_runs(self, lost: MigrateError) -> bool:
-        """Ask until the destination says that the guest runs there (True) or never will (raises). False: stopped."""
-        pause_s = _RETRY_FIRST_S
-        while not self._stopping.is_set():
-            try:
-                if self.record.state is not State.SWITCHOVER or self._fence_or_see_it_run(lost):
-                    return True
-            except (ChannelError, NotFoundError) as error:
-                # NotFound is no answer either: a restarted daemon forgets what its guest does not.
-                self.record.note_error(error)
-            self._stopping.wait(pause_s)
-            pause_s = min(pause_s * 2, _RETRY_MAX_S)
-        return False
-
-    def _fence_or_see_it_run(self, lost: MigrateError) -> bool:
-        """One question. True: it runs there. False: not known yet. Raises MigrationAbortedError: it never will."""
-        migration_id = self.record.migration_id
-        try:
-            self._peer.abort(migration_id, "the answer to Switchover was lost")
-        except GuestBusyError:
-            incoming = self._peer.get_incoming(migration_id)
-            if incoming.state == types.MIGRATION_STATE_FAILED and incoming.holder == types.GUEST_HOLDER_SOURCE:
-                raise MigrationAbortedError(incoming.error.message) from lost
-            return incoming.state in _RUNNING_STATES
-        raise MigrationAbortedError(f"{lost.message}; the destination never ran the guest") from lost
-
-    # ---- POSTCOPY ----
-
     def _serve_until_end(self) -> None:
-        silent_polls = 0
-        while not self._stopping.is_set() and not self.record.wait_state(_is_final, _POLL_S):
-            try:
-                incoming = self._peer.get_incoming(self.record.migration_id)
-            except MigrateError as error:
-                # Whatever it is, here are the only copies of pages, and somebody may come for them.
-                silent_polls += 1
-                if silent_polls >= _PEER_SILENT_POLLS_MAX:
-                    self._pause(PostcopyPausedError(error.message, remedy=error.remedy))
-                continue
-            silent_polls = 0
-            self._follow(incoming)
+        serving = self._serving = Serving(self._ledger, self._link, self._stopping)
+        serving.run()
         if self.record.state is State.COMPLETED:
             self._exports.withdraw(self.record.migration_id)
             self._on_guest_left()
-
-    def _follow(self, incoming: types.Migration) -> None:
-        """Take over what the destination says of the migration while pages still move."""
-        with self.record.lock:
-            if self.record.is_final:
-                return
-            if incoming.state == types.MIGRATION_STATE_FAILED:
-                self.record.on(Event.GUEST_LOST, GuestLostError(incoming.error.message))
-            elif incoming.state == types.MIGRATION_STATE_POSTCOPY_PAUSED:
-                self._pause(PostcopyPausedError(incoming.error.message, remedy=incoming.error.remedy))
-            elif self.record.state is State.POSTCOPY_PAUSED:
-                self.record.on(Event.RUNNING)
-            self.record.update(lambda migration: _merge(migration, incoming))
-
-    def _pause(self, error: PostcopyPausedError) -> None:
-        with self.record.lock:
-            if self.record.can(Event.LINK_LOST):
-                self.record.on(Event.LINK_LOST, error)
+            reach(Point.SOURCE_LEFT, self.record.migration_id)
+        elif self.record.state is State.FAILED:
+            self._on_guest_spent()
 
     # ---- ends ----
 
     def _undo(self) -> None:
         """Cancelled: the guest never stopped, and the destination lets go of what it has."""
-        if self._precopy is not None:
-            self._precopy.end(guest_stays=True)
+        if self._attempt is not None:
+            self._attempt.retreat(guest_stays=True)
         self._keep_guest(MigrationAbortedError("cancelled by the operator"))
 
     def _keep_guest(self, error: MigrateError) -> None:
         """The guest runs here. Once that is seen, it can be moved again at once, to the same destination, too."""
         with contextlib.suppress(MigrateError):
             # If it cannot be reached, it will find us silent, and undo the same by itself.
-            self._peer.abort(self.record.migration_id, error.message)
+            self._link.peer.abort(self.record.migration_id, error.message, self._saved.attempt)
         self._on_guest_stays()
         with self.record.lock:
             if self.record.state is State.CANCELLING:
-                self.record.on(Event.UNDONE)
+                self._ledger.end_anyhow(Event.UNDONE)
             else:
-                self.record.on(Event.REFUSED, error)
-
-    def _stop_precopy(self, *, guest_stays: bool) -> None:
-        self._exports.withdraw(self.record.migration_id)
-        if self._precopy is not None:
-            self._precopy.end(guest_stays=guest_stays)
+                self._ledger.end_anyhow(Event.REFUSED, error)
 
     def _fail(self, error: MigrateError) -> None:
         """Nothing moved, or the destination gave it back: the guest runs on here."""
@@ -406,63 +448,37 @@ class SourceSession:
         if is_cancelled:
             self._undo()
             return
-        self._stop_precopy(guest_stays=True)
-        if in_switchover:
-            try:
-                self._guest.resume()
-            except MigrateError as resume_error:
-                self.record.on(Event.GUEST_LOST, GuestLostError(f"{error.message}; then {resume_error.message}"))
-                return
+        if self._attempt is not None:
+            self._attempt.retreat(guest_stays=True)
+        try:
+            if isinstance(error, GuestLostError):
+                raise error
+            if in_switchover:
+                self._resume_guest(error)
+        except GuestLostError as lost:
+            with contextlib.suppress(MigrateError):
+                self._link.peer.abort(self.record.migration_id, lost.message, self._saved.attempt)
+            self._on_guest_spent()
+            self._ledger.end_anyhow(Event.GUEST_LOST, lost)
+            return
         self._keep_guest(error)
 
     def _release(self) -> None:
-        self._stop_precopy(guest_stays=False)
-        if self._source is not None:
-            self._source.close()
-        for memfd in self._memfds:
-            os.close(memfd)
-        self._peer.close()
+        if self._attempt is not None:
+            self._attempt.close()
+        self._link.close()
+
+    def _check_token(self, token: str) -> None:
+        if not secrets.compare_digest(token.encode(), self._saved.token.encode()):
+            raise PermissionDeniedError("the token is not this migration's")
+
+    def _note_attempt(self, migration: types.Migration) -> None:
+        migration.attempt = self._saved.attempt
 
 
 def _is_final(state: State) -> bool:
-    return state in (State.COMPLETED, State.FAILED, State.CANCELLED)
-
-
-def _describe(migration: types.Migration, description: types.GuestDescription) -> None:
-    migration.guest_kind = description.spec.kind
-    migration.memory_bytes = description.spec.memory_bytes
-    migration.vcpus = description.spec.vcpus
-    migration.pages.total = bytes_to_pages(description.spec.memory_bytes)
-
-
-def _note_transport(
-    migration: types.Migration, transport: "types.PageTransport.ValueType", compression: Compression
-) -> None:
-    migration.transport = transport
-    migration.compression = types.PageCompression.ValueType(compression)
-
-
-def _note_touches(migration: types.Migration, touches: int) -> None:
-    migration.guest_touches = migration.guest_touches_at_switchover = touches
+    return state in FINAL_STATES
 
 
 def _note_downtime(migration: types.Migration, downtime_us: int) -> None:
     migration.downtime_us = downtime_us
-
-
-def _merge_pages(migration: types.Migration, destination: types.Migration, generation: int) -> None:
-    """Copy the figures of a precopy that only the destination can know."""
-    migration.bytes_on_wire = destination.bytes_on_wire
-    migration.pages.CopyFrom(destination.pages)
-    migration.generation = generation
-
-
-def _merge(migration: types.Migration, destination: types.Migration) -> None:
-    """Copy the figures that only the destination can know."""
-    migration.bytes_on_wire = destination.bytes_on_wire
-    migration.pages.CopyFrom(destination.pages)
-    migration.fault_latency_us.CopyFrom(destination.fault_latency_us)
-    migration.guest_stall_us.CopyFrom(destination.guest_stall_us)
-    migration.guest_touches = destination.guest_touches
-    migration.guest_errors = destination.guest_errors
-    migration.verified_pages = destination.verified_pages

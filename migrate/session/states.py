@@ -12,7 +12,9 @@ destination's steps happens inside the source's step of the same name:
                    ▼          │     ▼            ▼   ▼                          │          ▼              │ │ Complete
     destination  SETUP ───────┘  PRECOPY ── pages  SWITCHOVER ─ load ─ resume ─ POSTCOPY ─ place pages ─ END ─┘
 
-PRECOPY is left out in mode postcopy.
+PRECOPY is left out in mode postcopy. What is lost before the switchover costs an attempt: the source goes back to
+SETUP, and its next attempt is a new migration at the destination. What is lost after it costs time: pages stand still
+(POSTCOPY_PAUSED) until both sides have found each other again (POSTCOPY_RECOVER).
 """
 
 from enum import Enum
@@ -28,6 +30,7 @@ class State(Enum):
     SWITCHOVER = 3
     POSTCOPY = 4
     POSTCOPY_PAUSED = 5
+    POSTCOPY_RECOVER = 6
     COMPLETED = 7
     CANCELLING = 8
     CANCELLED = 9
@@ -53,34 +56,51 @@ class Event(Enum):
     SWITCHOVER = "vCPUs are told to stop; their state arrives"
     RUNNING = "the vCPUs run at the destination"
     NOT_RUNNING = "the state could not be loaded; the twin was destroyed"
-    LINK_LOST = "the page call broke"
+    RETRY = "the attempt is lost, with a daemon or a link, before the guest ran there; another begins"
+    LINK_LOST = "the page call broke, or the peer is silent"
+    RECOVERING = "the peer is there again; missing pages are asked for again"
     END = "every page is at the destination, and both sides know"
     ABORTED = "the source gave up, or never came to the switchover"
     GUEST_LOST = "the guest process is gone, with pages that exist nowhere else"
+    POISONED = "pages stayed away past the deadline: the guest runs on without them"
 
 
 FINAL_STATES = frozenset({State.COMPLETED, State.CANCELLED, State.FAILED})
 
+# The same on both sides, for neither can go back: the source hears of it, the destination does it.
+_AFTER_THE_SWITCHOVER: dict[tuple[State, Event], State] = {
+    (State.POSTCOPY, Event.LINK_LOST): State.POSTCOPY_PAUSED,
+    (State.POSTCOPY, Event.END): State.COMPLETED,
+    (State.POSTCOPY, Event.GUEST_LOST): State.FAILED,
+    (State.POSTCOPY_PAUSED, Event.RECOVERING): State.POSTCOPY_RECOVER,
+    (State.POSTCOPY_PAUSED, Event.END): State.COMPLETED,
+    (State.POSTCOPY_PAUSED, Event.GUEST_LOST): State.FAILED,
+    (State.POSTCOPY_PAUSED, Event.POISONED): State.FAILED,
+    (State.POSTCOPY_RECOVER, Event.RUNNING): State.POSTCOPY,
+    (State.POSTCOPY_RECOVER, Event.LINK_LOST): State.POSTCOPY_PAUSED,
+    (State.POSTCOPY_RECOVER, Event.END): State.COMPLETED,
+    (State.POSTCOPY_RECOVER, Event.GUEST_LOST): State.FAILED,
+}
+
 SOURCE_TABLE: dict[tuple[State, Event], State] = {
     (State.SETUP, Event.PREPARED): State.SWITCHOVER,
     (State.SETUP, Event.PRECOPY): State.PRECOPY,
+    (State.SETUP, Event.RETRY): State.SETUP,
     (State.SETUP, Event.CANCEL): State.CANCELLING,
     (State.SETUP, Event.REFUSED): State.FAILED,
     (State.SETUP, Event.GUEST_LOST): State.FAILED,
     (State.PRECOPY, Event.SWITCHOVER): State.SWITCHOVER,
+    (State.PRECOPY, Event.RETRY): State.SETUP,
     (State.PRECOPY, Event.CANCEL): State.CANCELLING,
     (State.PRECOPY, Event.REFUSED): State.FAILED,
     (State.PRECOPY, Event.GUEST_LOST): State.FAILED,
     (State.CANCELLING, Event.UNDONE): State.CANCELLED,
     (State.SWITCHOVER, Event.RUNNING): State.POSTCOPY,
+    (State.SWITCHOVER, Event.RETRY): State.SETUP,
     (State.SWITCHOVER, Event.REFUSED): State.FAILED,
     (State.SWITCHOVER, Event.GUEST_LOST): State.FAILED,
-    (State.POSTCOPY, Event.LINK_LOST): State.POSTCOPY_PAUSED,
-    (State.POSTCOPY, Event.END): State.COMPLETED,
-    (State.POSTCOPY, Event.GUEST_LOST): State.FAILED,
+    **_AFTER_THE_SWITCHOVER,
     (State.POSTCOPY_PAUSED, Event.RUNNING): State.POSTCOPY,
-    (State.POSTCOPY_PAUSED, Event.END): State.COMPLETED,
-    (State.POSTCOPY_PAUSED, Event.GUEST_LOST): State.FAILED,
 }
 
 DESTINATION_TABLE: dict[tuple[State, Event], State] = {
@@ -96,11 +116,7 @@ DESTINATION_TABLE: dict[tuple[State, Event], State] = {
     (State.PRECOPY, Event.GUEST_LOST): State.CANCELLED,
     (State.SWITCHOVER, Event.RUNNING): State.POSTCOPY,
     (State.SWITCHOVER, Event.NOT_RUNNING): State.FAILED,
-    (State.POSTCOPY, Event.LINK_LOST): State.POSTCOPY_PAUSED,
-    (State.POSTCOPY, Event.END): State.COMPLETED,
-    (State.POSTCOPY, Event.GUEST_LOST): State.FAILED,
-    (State.POSTCOPY_PAUSED, Event.END): State.COMPLETED,
-    (State.POSTCOPY_PAUSED, Event.GUEST_LOST): State.FAILED,
+    **_AFTER_THE_SWITCHOVER,
 }
 
 _TABLES = {Side.SOURCE: SOURCE_TABLE, Side.DESTINATION: DESTINATION_TABLE}
@@ -112,6 +128,7 @@ _HOLDERS = {
     State.SWITCHOVER: GuestHolder.SOURCE,
     State.POSTCOPY: GuestHolder.SPLIT,
     State.POSTCOPY_PAUSED: GuestHolder.SPLIT,
+    State.POSTCOPY_RECOVER: GuestHolder.SPLIT,
     State.COMPLETED: GuestHolder.DESTINATION,
     State.CANCELLED: GuestHolder.SOURCE,
 }
@@ -121,12 +138,17 @@ class Machine:
     """One side's place in its table, and with it the holder of the guest.
 
     Not thread-safe: a session guards it with its own lock.
+
+    Args:
+        side: Which end.
+        state: Where a session that is taken up again stands; one that has ended tells its holder.
+        holder: Of a session that has ended.
     """
 
-    def __init__(self, side: Side) -> None:
+    def __init__(self, side: Side, state: State = State.SETUP, holder: GuestHolder | None = None) -> None:
         self.side = side
-        self.state = State.SETUP
-        self.holder = GuestHolder.SOURCE
+        self.state = state
+        self.holder = _HOLDERS[state] if holder is None else holder
 
     def can(self, event: Event) -> bool:
         """Whether an event is allowed now."""
@@ -145,6 +167,8 @@ class Machine:
         self.state = after
         if after is not State.FAILED:
             self.holder = _HOLDERS[after]
+        elif event is Event.POISONED:
+            self.holder = GuestHolder.DESTINATION
         elif event is Event.GUEST_LOST and (self.side is Side.SOURCE or before not in (State.SETUP, State.PRECOPY)):
             self.holder = GuestHolder.NONE
         return after

@@ -9,13 +9,13 @@ import pytest
 from migrate.daemon.status import received_error
 from migrate.errors import (
     AlreadyExistsError,
-    ChannelError,
     ConfigError,
     GuestBusyError,
     GuestHolder,
     MissingFeatureError,
     NotEnoughMemoryError,
     NotFoundError,
+    PeerUnreachableError,
 )
 from migrate.v1 import guest_service_pb2 as guest
 from migrate.v1 import transfer_service_pb2 as transfer
@@ -70,7 +70,7 @@ def test_name_taken_at_the_destination(running, destination):
 
 
 def test_unreachable_daemon(running):
-    error = failed_with(running.migrate("127.0.0.1:1"), ChannelError)
+    error = failed_with(running.migrate("127.0.0.1:1"), PeerUnreachableError)
     assert "127.0.0.1:1" in error.message
 
 
@@ -180,10 +180,9 @@ def test_broken_state_leaves_the_guest_at_the_source(running, destination):
 
 def test_fenced_migration_is_refused_when_it_arrives_late(destination):
     destination.transfer.Abort(transfer.AbortRequest(migration_id="late"), timeout=30)
-    assert isinstance(
-        refusal(destination.transfer.Switchover, transfer.SwitchoverRequest(migration_id="late"), timeout=30),
-        NotFoundError,
-    )
+    error = refusal(destination.transfer.Switchover, transfer.SwitchoverRequest(migration_id="late"), timeout=30)
+    assert isinstance(error, GuestBusyError)
+    assert error.holder is GuestHolder.SOURCE
 
 
 # Root without the capabilities that open closed doors.
@@ -237,6 +236,6 @@ def test_address_in_use(source):
 
 
 def test_holder_words_are_in_every_error(running):
-    error = failed_with(running.migrate("127.0.0.1:1"), ChannelError)
+    error = failed_with(running.migrate("127.0.0.1:1"), PeerUnreachableError)
     assert error.holder == types.GUEST_HOLDER_SOURCE
     assert "source" in GuestHolder(error.holder).describe()

@@ -15,6 +15,7 @@ from migrate.v1 import migration_service_pb2 as migration
 from migrate.v1 import migration_service_pb2_grpc as migration_rpc
 from migrate.v1 import transfer_service_pb2_grpc as transfer_rpc
 from migrate.v1 import types_pb2 as types
+from tests.harness.processes import end_guests
 from tests.harness.waiting import wait_until
 
 FINAL = {
@@ -33,17 +34,50 @@ DISTRIBUTIONS = {
 
 
 def channel_to(address):
-    return grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)])
+    # With a pool of its own, it does not inherit the back-off of a channel to a daemon that was killed there.
+    options = [("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1)]
+    return grpc.insecure_channel(address, options=options)
 
 
 class DaemonProcess:
-    """One `migrate daemon`, ended by close() and checked for a clean exit."""
+    """One `migrate daemon`, ended by close() and checked for a clean exit.
 
-    def __init__(self, host="127.0.0.1", prefix=(), options=(), env=None):
+    Args:
+        host: Where it listens, on ports that the kernel chooses, if `listen` says nothing else.
+        prefix: Words before the command.
+        options: Words after it.
+        env: Variables besides those that are there.
+        listen: HOST:PORT of its control calls.
+        page_listen: HOST:PORT of its page calls.
+        state_dir: Where its guests are found again. They outlive the daemon then, but not close().
+        log: A file that takes what it, and its guests, say on stderr, instead of ours.
+    """
+
+    def __init__(
+        self,
+        host="127.0.0.1",
+        prefix=(),
+        options=(),
+        env=None,
+        *,
+        listen=None,
+        page_listen=None,
+        state_dir=None,
+        log=None,
+    ):
+        self.state_dir = state_dir
+        self.log = log
+        self._command = [*prefix, sys.executable, "-m", "migrate", "daemon", *options]
+        self._command += [] if state_dir is None else ["--state-dir", str(state_dir)]
+        self._env = {**os.environ, **(env or {})}
+        self._start(listen or f"{host}:0", page_listen)
+
+    def _start(self, listen, page_listen):
         ready_read, ready_write = os.pipe()
-        command = [*prefix, sys.executable, "-m", "migrate", "daemon", "--listen", f"{host}:0"]
-        command += ["--ready-fd", str(ready_write), *options]
-        self.process = subprocess.Popen(command, pass_fds=[ready_write], env={**os.environ, **(env or {})})
+        command = [*self._command, "--listen", listen, "--ready-fd", str(ready_write)]
+        command += [] if page_listen is None else ["--page-listen", page_listen]
+        with contextlib.nullcontext() if self.log is None else self.log.open("ab") as stderr:
+            self.process = subprocess.Popen(command, pass_fds=[ready_write], env=self._env, stderr=stderr)
         os.close(ready_write)
         with os.fdopen(ready_read) as stream:
             line = stream.readline()
@@ -53,17 +87,49 @@ class DaemonProcess:
         self.page_address = ready["page_listen"]
         self.connect(self.address)
 
+    @property
+    def advertised(self):
+        """Where its peers call it."""
+        return self.address
+
     def connect(self, address):
         self.channel = channel_to(address)
         self.guests = guest_rpc.GuestServiceStub(self.channel)
         self.migrations = migration_rpc.MigrationServiceStub(self.channel)
         self.transfer = transfer_rpc.TransferServiceStub(self.channel)
 
-    def close(self):
+    def kill(self):
+        """SIGKILL, and wait until it is gone. Its guests live on."""
+        self.process.kill()
+        self.process.wait(30)
+
+    def restart(self, listen=None, page_listen=None):
+        """A new process after the old one has ended: the same options, and, if nothing else is said, addresses."""
+        assert self.process.poll() is not None
+        # A channel of before may wait for seconds before it connects again.
         self.channel.close()
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-            assert self.process.wait(30) == 0
+        self._start(listen or self.address, page_listen or self.page_address)
+
+    def close(self):
+        try:
+            if self.process.poll() is None:
+                if self.state_dir is not None:
+                    self._delete_guests()
+                self.process.send_signal(signal.SIGTERM)
+                assert self.process.wait(30) == 0
+        finally:
+            self.channel.close()
+            if self.process.poll() is None:
+                self.kill()
+            if self.state_dir is not None:
+                end_guests(self.state_dir)
+
+    def _delete_guests(self):
+        # One that a migration holds is left to end_guests, as is one that is on its way out.
+        with contextlib.suppress(grpc.RpcError):
+            for name in self.guest_names():
+                with contextlib.suppress(grpc.RpcError):
+                    self.guests.DeleteGuest(guest.DeleteGuestRequest(name=name), timeout=CALL_S)
 
     # ---- guests ----
 
@@ -118,6 +184,9 @@ class DaemonProcess:
         request = migration.GetMigrationRequest(migration_id=migration_id)
         return self.migrations.GetMigration(request, timeout=CALL_S).migration
 
+    def migrations_now(self):
+        return list(self.migrations.ListMigrations(migration.ListMigrationsRequest(), timeout=CALL_S).migrations)
+
     def cancel(self, migration_id):
         request = migration.CancelMigrationRequest(migration_id=migration_id)
         return self.migrations.CancelMigration(request, timeout=CALL_S).migration
@@ -128,6 +197,19 @@ class DaemonProcess:
             return found if found.state in FINAL else None
 
         return wait_until(final, deadline_s, "the migration to end")
+
+    def wait_completed(self, migration_id, deadline_s=50):
+        """Wait until it is complete, whatever stood in the way; the migration."""
+
+        def completed():
+            found = self.migration(migration_id)
+            return found if found.state == types.MIGRATION_STATE_COMPLETED else None
+
+        return wait_until(completed, deadline_s, "the migration to complete")
+
+    def list(self):
+        """All migrations that the daemon knows of."""
+        return self.migrations.ListMigrations(migration.ListMigrationsRequest(), timeout=CALL_S).migrations
 
     def migrate(self, to, name="g", **terms):
         return self.wait_final(self.start(to, name, **terms))

@@ -79,6 +79,10 @@ class FakeDaemon(guest_service_pb2_grpc.GuestServiceServicer, migration_service_
     failure: tuple | None = None
     # Fails WatchMigration after `watched`.
     watch_failure: tuple | None = None
+    # What RecoverMigration finds.
+    recovered: types_pb2.Migration = field(
+        default_factory=lambda: make_migration(types_pb2.MIGRATION_STATE_POSTCOPY, recoveries=1)
+    )
     requests: list = field(default_factory=list)
     address: str = ""
 
@@ -129,6 +133,10 @@ class FakeDaemon(guest_service_pb2_grpc.GuestServiceServicer, migration_service_
         response = migration_service_pb2.ListMigrationsResponse(migrations=self.migrations)
         return self._answer(request, context, response)
 
+    def RecoverMigration(self, request, context):
+        response = migration_service_pb2.RecoverMigrationResponse(migration=self.recovered)
+        return self._answer(request, context, response)
+
     def WatchMigration(self, request, context):
         self._answer(request, context, None)
         for migration in self.watched:
@@ -146,12 +154,12 @@ def _fail(context, failure):
 
 
 @contextmanager
-def serve(daemon: FakeDaemon) -> Iterator[FakeDaemon]:
-    """Serve on a loopback port of the kernel's choice."""
+def serve(daemon: FakeDaemon, port: int = 0) -> Iterator[FakeDaemon]:
+    """Serve on a loopback port, of the kernel's choice if none is given."""
     server = grpc.server(futures.ThreadPoolExecutor(max_workers=4))
     guest_service_pb2_grpc.add_GuestServiceServicer_to_server(daemon, server)
     migration_service_pb2_grpc.add_MigrationServiceServicer_to_server(daemon, server)
-    port = server.add_insecure_port("127.0.0.1:0")
+    port = server.add_insecure_port(f"127.0.0.1:{port}")
     daemon.address = f"127.0.0.1:{port}"
     server.start()
     try:

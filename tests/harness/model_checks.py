@@ -83,8 +83,9 @@ def _check_destination_memory(model):
 
 
 def _has_given_up(model):
-    """Whether the guest runs on at the source though its switchover had begun: it ends the log before that."""
-    return model.source_state is State.SWITCHOVER and model.source.is_running and not model.source.is_logging
+    """Whether an attempt is over that the destination has not heard of yet: the log ends before the guest runs on."""
+    is_between = model.source_state in (State.SETUP, State.SWITCHOVER)
+    return is_between and model.source.is_running and not model.source.is_logging
 
 
 def _check_source_memory(model):
@@ -101,7 +102,7 @@ def _check_source_memory(model):
 def check_end(model):
     """Whatever happened, the whole guest is somewhere, once."""
     check_step(model)
-    assert not model.touches or model.link.has_failed, "a touch was never answered"
+    assert not model.touches, "a touch was never answered"
     state = model.source_state
     for thread, outcome in model.cancels:
         assert not thread.is_alive()
@@ -112,9 +113,7 @@ def check_end(model):
     elif state in (State.FAILED, State.CANCELLED):
         _check_stayed(model)
     else:
-        assert model.link.has_failed, f"the source is left in {state}"
-        assert model.destination_session.record.state is State.POSTCOPY_PAUSED
-        assert state in (State.POSTCOPY, State.POSTCOPY_PAUSED)
+        raise AssertionError(f"the source is left in {state}, the destination in {model.destination_session}")
 
 
 def _check_arrived(model):

@@ -155,8 +155,12 @@ class ModelPeer:
         request = _copy(request)
         self._control.call("complete", lambda: self._registry_of().complete(request))
 
-    def abort(self, migration_id, reason):
-        self._control.call("abort", lambda: self._registry_of().abort(migration_id, reason))
+    def abort(self, migration_id, reason, attempt):
+        self._control.call("abort", lambda: self._registry_of().abort(migration_id, reason, attempt))
+
+    def resume_migration(self, request):
+        request = _copy(request)
+        return self._control.call("resume_migration", lambda: self._registry_of().resume(request, "127.0.0.1"))
 
     def close(self):
         """Nothing is held."""

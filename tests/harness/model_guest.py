@@ -72,6 +72,7 @@ class ModelGuest:
         self.kept = set()  # of the log, told once
         self.touches = 0
         self.is_running = self.has_run = self.is_loaded = self.is_dead = False
+        self.instance = f"instance-{id(self):x}"
 
     # ---- GuestPort ----
 
@@ -114,6 +115,10 @@ class ModelGuest:
         self._uffd = open_uffd()
         uffd.register_missing(self._uffd, self.hva, self.pages * PAGE)
         return os.dup(self._uffd), [self.hva]
+
+    def is_armed(self):
+        self._enter("is_armed")
+        return self.is_registered
 
     def disarm(self):
         self._enter("disarm")
@@ -160,7 +165,7 @@ class ModelGuest:
         return self._log_memfd is not None
 
     @property
-    def is_armed(self):
+    def is_registered(self):
         """Whether a touch of what is missing waits."""
         return self._uffd is not None
 

@@ -19,9 +19,9 @@ def moving(model):
 
 
 def thread_of(model, registry):
-    """The thread of a registry's session, or None before there is one."""
+    """The thread of a registry's latest session, or None before there is one."""
     name = f"{registry.role}-{model.migration_id}"
-    return next((thread for thread in registry._threads if thread.name == name), None)
+    return next((thread for thread in reversed(registry._threads) if thread.name == name), None)
 
 
 def _moving_at_destination(model):
@@ -34,7 +34,9 @@ def _moving_at_destination(model):
         waits = model.world.now_us - session._heard_us <= SWITCHOVER_DEADLINE_S * 1_000_000
     elif state is State.SWITCHOVER:
         waits = True  # for its call
-    elif state in (State.POSTCOPY, State.POSTCOPY_PAUSED):
+    elif state is State.POSTCOPY_PAUSED:
+        waits = model.control.is_down  # else it is about to call
+    elif state is State.POSTCOPY:
         counters = model.link.counters()
         is_missing = counters is not None and counters.missing_pages > 0
         waits = is_missing or (model.link.is_joining and model.link.is_draining)
@@ -57,7 +59,7 @@ def _is_call_moving(model, call):
 
 
 def _is_touch_moving(model, touch):
-    if touch.is_done or not touch.twin.is_armed or touch.twin.is_populated(touch.page):
+    if touch.is_done or not touch.twin.is_registered or touch.twin.is_populated(touch.page):
         return not touch.is_done
     counters = model.link.counters()
     return not model.link.has_failed if counters is None else counters.faults <= touch.faults_before

@@ -1,5 +1,8 @@
 """What an operator does, through the command line, and what must be true afterwards."""
 
+import contextlib
+from concurrent.futures import ThreadPoolExecutor
+
 from tests.harness import cli
 from tests.harness.waiting import wait_until
 
@@ -15,6 +18,14 @@ def start(source, destination, name, *options, exit_code=0):
     """`migrate start`, followed to its end; the report."""
     words = ("start", name, "--to", destination.address, *options, "--json")
     return cli.json_of(ask(source, *words, exit_code=exit_code))
+
+
+@contextlib.contextmanager
+def following(source, destination, name, *options):
+    """`migrate start`, followed in a thread; the future of its result."""
+    with ThreadPoolExecutor(1) as pool:
+        words = ("start", name, "--to", destination.address, *options, "--json")
+        yield pool.submit(cli.run, *words, daemon=source)
 
 
 def start_detached(source, destination, name, *options):

@@ -16,7 +16,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from migrate.session import convergence, destination, precopy, source
+from migrate.session import arrival, convergence, destination, precopy, source, two_generals
 from migrate.session.states import State
 from migrate.v1 import types_pb2 as types
 from tests.harness.model import LONG_US, Model, Plan
@@ -47,10 +47,12 @@ TRAFFIC = (
 )
 # What the sessions wait by themselves between two looks; the order of things is the model's.
 FAST = {
-    source: {"_POLL_S": 0.001, "_RETRY_FIRST_S": 0.001, "_RETRY_MAX_S": 0.001, "_PEER_SILENT_POLLS_MAX": 2},
+    source: {"_POLL_S": 0.001, "RETRY_FIRST_S": 0.001, "RETRY_MAX_S": 0.001, "_ATTEMPTS_MAX": 4},
+    two_generals: {"RETRY_FIRST_S": 0.001, "RETRY_MAX_S": 0.001},
     precopy: {"_AWAIT_US": 1_000},
     convergence: {"SETTLED_PAGES": 2},
-    destination: {"_POLL_US": 1_000, "_RETRY_S": 0.001, "_OBSERVE_S": 0.001},
+    destination: {"_POLL_US": 1_000, "_OBSERVE_S": 0.001},
+    arrival: {"_POLL_US": 1_000, "_RETRY_FIRST_S": 0.001, "_RETRY_MAX_S": 0.001},
 }
 SOURCE_METHODS = ("pause", "save_state", "start_dirty_log", "sync_dirty_log")
 TWIN_METHODS = ("arm", "load_state", "resume")
@@ -212,6 +214,12 @@ class MigrationMachine(RuleBasedStateMachine):
         elif order == "cancel":
             self.model.cancel()
 
+    @when(lambda model: model.source_state is State.POSTCOPY_PAUSED)
+    @rule()
+    def have_destination_recover(self):
+        self.model.destination_session._arrival.recover_now()
+        self.model.settle()
+
     @when(lambda model: True)
     @rule(duration_us=st.sampled_from([1_000, 10_000, 100_000]), is_long=RARELY, long_us=st.sampled_from(LONG_TIMES_US))
     def let_time_pass(self, duration_us, is_long, long_us):
@@ -244,7 +252,7 @@ class MigrationMachine(RuleBasedStateMachine):
 IS_THOROUGH = settings.default.max_examples > EXAMPLES
 
 
-@pytest.mark.timeout(3600 if IS_THOROUGH else 60)
+@pytest.mark.timeout(3600 if IS_THOROUGH else 180)
 def test_whole_guest_is_somewhere_once_whatever_happens(monkeypatch):
     if IS_THOROUGH:
         faulthandler.cancel_dump_traceback_later()  # it may take longer than a test should

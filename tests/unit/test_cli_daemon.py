@@ -25,10 +25,20 @@ def test_daemon_defaults(started):
 
 def test_daemon_passes_everything_on(started, tmp_path):
     options = ["--listen", "[::1]:0", "--page-listen", "localhost:0", "--state-dir", str(tmp_path), "--ready-fd", "7"]
+    options += ["--advertise", "host.example:7400", "--advertise-pages", "[2001:db8::1]:7401"]
 
     assert run("daemon", *options).exit_code == 0
 
-    assert started == [DaemonConfig(listen="[::1]:0", page_listen="localhost:0", state_dir=Path(tmp_path), ready_fd=7)]
+    assert started == [
+        DaemonConfig(
+            listen="[::1]:0",
+            page_listen="localhost:0",
+            state_dir=Path(tmp_path),
+            advertise="host.example:7400",
+            advertise_pages="[2001:db8::1]:7401",
+            ready_fd=7,
+        )
+    ]
 
 
 @pytest.mark.parametrize("option", ["--listen", "--page-listen"])
@@ -49,5 +59,6 @@ def test_daemon_insecure_listens_anywhere(started):
 
 
 def test_daemon_bad_address_is_a_usage_error(started):
-    assert run("daemon", "--listen", "7400").exit_code == 2
+    for option in ("--listen", "--page-listen", "--advertise", "--advertise-pages"):
+        assert run("daemon", option, "7400").exit_code == 2
     assert not started

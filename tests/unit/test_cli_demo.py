@@ -171,7 +171,7 @@ def test_demo_failure_shows_the_logs_and_cleans_up(pair):
 
 
 def test_demo_interrupt_cleans_up(pair, monkeypatch):
-    def interrupt(*_arguments):
+    def interrupt(*_arguments, **_options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(demo_command, "follow", interrupt)

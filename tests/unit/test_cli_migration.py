@@ -1,10 +1,13 @@
-"""`migrate start`, `status` and `list` against a fake daemon: JSON contract, exit codes, progress."""
+"""`migrate start`, `status`, `recover` and `list` against a fake daemon: JSON contract, exit codes, progress."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
 
 from migrate.cli import migration as migration_commands
-from migrate.v1 import types_pb2
+from migrate.v1 import migration_service_pb2, types_pb2
 from tests.harness.cli import json_of, run
 from tests.harness.fake_daemon import FakeDaemon, make_migration, serve
 
@@ -116,6 +119,23 @@ def test_start_sends_every_option(daemon):
     assert request.max_bandwidth_bytes_per_s == 125_000_000
 
 
+@pytest.mark.parametrize(
+    ("options", "asked"),
+    [
+        ([], (5_000_000, 0, types_pb2.DEADLINE_ACTION_STOP)),
+        (["--peer-timeout", "300ms"], (300_000, 0, types_pb2.DEADLINE_ACTION_STOP)),
+        (["--deadline", "120s"], (5_000_000, 120_000_000, types_pb2.DEADLINE_ACTION_STOP)),
+        (["--deadline", "2s", "--on-deadline", "stop"], (5_000_000, 2_000_000, types_pb2.DEADLINE_ACTION_STOP)),
+        (["--deadline", "2s", "--on-deadline", "poison"], (5_000_000, 2_000_000, types_pb2.DEADLINE_ACTION_POISON)),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_start_says_how_long_a_peer_and_pages_may_stay_away(daemon, options, asked):
+    assert run("start", "alpha", "--to", "192.0.2.2:7400", *options, daemon=daemon).exit_code == 0
+    request = daemon.requests[0]
+    assert (request.peer_timeout_us, request.deadline_us, request.on_deadline) == asked
+
+
 def test_start_table_fits_a_terminal(daemon):
     result = run("start", "alpha", "--to", "192.0.2.2:7400", daemon=daemon)
 
@@ -134,6 +154,9 @@ def test_start_table_fits_a_terminal(daemon):
         ["alpha", "--to", "192.0.2.2:7400", "--mode", "telepathy"],
         ["alpha", "--to", "192.0.2.2:7400", "--max-bandwidth", "fast"],
         ["alpha", "--to", "192.0.2.2:7400", "--order", "random"],
+        ["alpha", "--to", "192.0.2.2:7400", "--peer-timeout", "soon"],
+        ["alpha", "--to", "192.0.2.2:7400", "--deadline", "-1s"],
+        ["alpha", "--to", "192.0.2.2:7400", "--deadline", "2s", "--on-deadline", "shrug"],
     ],
 )
 def test_start_bad_values_are_usage_errors(daemon, arguments):
@@ -181,8 +204,15 @@ def test_start_failed_exits_with_1(daemon, state):
     assert "no room there" in result.stdout
 
 
+@pytest.fixture
+def _impatient(monkeypatch):
+    """A daemon that goes away is waited for, but not for long."""
+    monkeypatch.setattr(migration_commands, "DAEMON_AWAY_S", 0.3)
+
+
+@pytest.mark.usefixtures("_impatient")
 def test_start_connection_lost_says_how_to_go_on(daemon):
-    daemon.watched = [make_migration(types_pb2.MIGRATION_STATE_POSTCOPY)]
+    daemon.watched = iter([make_migration(types_pb2.MIGRATION_STATE_POSTCOPY)])
     daemon.watch_failure = (grpc.StatusCode.UNAVAILABLE, None)
 
     result = run("start", "alpha", "--to", "192.0.2.2:7400", "--json", daemon=daemon)
@@ -191,6 +221,7 @@ def test_start_connection_lost_says_how_to_go_on(daemon):
     assert "migrate status m-1" in result.stderr
 
 
+@pytest.mark.usefixtures("_impatient")
 def test_start_stream_without_end_says_how_to_go_on(daemon):
     daemon.watched = []
 
@@ -198,6 +229,51 @@ def test_start_stream_without_end_says_how_to_go_on(daemon):
 
     assert result.exit_code == 1
     assert "migrate status m-1" in result.stderr
+
+
+@pytest.mark.parametrize("failure", [(grpc.StatusCode.UNAVAILABLE, None), None], ids=["killed", "shut down"])
+@pytest.mark.parametrize(
+    ("end", "exit_code"),
+    [
+        (types_pb2.MIGRATION_STATE_COMPLETED, 0),
+        (types_pb2.MIGRATION_STATE_FAILED, 1),
+        (types_pb2.MIGRATION_STATE_POSTCOPY_PAUSED, 3),
+    ],
+)
+def test_start_follows_on_after_its_daemon_was_started_again(failure, end, exit_code):
+    class Restarted(FakeDaemon):
+        lives = 0
+
+        def WatchMigration(self, request, context):
+            self.lives += 1
+            self.watched = [make_migration(end if self.lives > 1 else types_pb2.MIGRATION_STATE_POSTCOPY)]
+            self.watch_failure = None if self.lives > 1 else failure
+            yield from super().WatchMigration(request, context)
+
+    with serve(Restarted()) as daemon:
+        result = run("start", "alpha", "--to", "192.0.2.2:7400", "--json", daemon=daemon)
+
+        assert result.exit_code == exit_code
+        assert json_of(result)["state"] == types_pb2.MigrationState.Name(end).removeprefix("MIGRATION_STATE_").lower()
+        assert daemon.lives == 2
+
+
+def test_start_finds_a_daemon_that_comes_back_at_its_address():
+    """The first one ends without a word; the second listens at the same port."""
+    gone = threading.Event()
+
+    def last_words():
+        yield make_migration(types_pb2.MIGRATION_STATE_POSTCOPY)
+        gone.set()
+
+    with ThreadPoolExecutor(1) as follower:
+        with serve(FakeDaemon(watched=last_words(), watch_failure=(grpc.StatusCode.UNAVAILABLE, None))) as first:
+            started = follower.submit(run, "start", "alpha", "--to", "192.0.2.2:7400", "--json", daemon=first)
+            assert gone.wait(10)
+        with serve(FakeDaemon(), int(first.address.rpartition(":")[2])):
+            result = started.result(30)
+
+    assert (result.exit_code, json_of(result)["state"]) == (0, "completed")
 
 
 def test_start_interrupt_detaches(daemon, monkeypatch):
@@ -224,6 +300,8 @@ def test_status_shows_the_one_asked_for(daemon):
         "compression",
         "holder",
         "guest_touches_at_switchover",
+        "attempt",
+        "recoveries",
         "error",
     }
     assert (status["side"], status["holder"], status["error"]) == ("source", "destination", None)
@@ -257,6 +335,69 @@ def test_status_of_nothing_fails(daemon):
 
     assert result.exit_code == 1
     assert "knows of no migration" in result.stderr
+
+
+def test_status_json_counts_attempts_and_recoveries(daemon):
+    daemon.migrations = [make_migration(attempt=3, recoveries=2)]
+
+    status = json_of(run("status", "--json", daemon=daemon))
+
+    assert (status["attempt"], status["recoveries"]) == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "to"), [([], ""), (["--to", "192.0.2.3:7400"], "192.0.2.3:7400")], ids=["where it was", "elsewhere"]
+)
+def test_recover_asks_for_the_one_named(daemon, options, to):
+    result = run("recover", "m-7", *options, "--json", daemon=daemon)
+
+    assert result.exit_code == 0
+    assert [*daemon.requests] == [migration_service_pb2.RecoverMigrationRequest(migration_id="m-7", to=to)]
+    assert (json_of(result)["state"], json_of(result)["recoveries"]) == ("postcopy", 1)
+
+
+def test_recover_without_id_takes_the_latest(daemon):
+    daemon.migrations = [make_migration(migration_id="m-1"), make_migration(migration_id="m-2")]
+
+    result = run("recover", daemon=daemon)
+
+    assert result.exit_code == 0
+    assert daemon.requests[-1].migration_id == "m-2"
+    assert "postcopy" in result.stdout
+
+
+def test_recover_of_what_stays_paused_exits_with_3(daemon):
+    daemon.recovered = paused_migration()
+
+    result = run("recover", "m-1", "--json", daemon=daemon)
+
+    assert result.exit_code == 3
+    assert json_of(result)["holder"] == "split"
+    assert "the source does not answer" in result.stderr
+
+
+def test_recover_of_what_is_lost_exits_with_1(daemon):
+    error = types_pb2.ErrorInfo(type="GuestLostError", message="its pages died", holder=types_pb2.GUEST_HOLDER_NONE)
+    daemon.recovered = make_migration(types_pb2.MIGRATION_STATE_FAILED, holder=types_pb2.GUEST_HOLDER_NONE, error=error)
+
+    result = run("recover", "m-1", daemon=daemon)
+
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1] == "migrate: its pages died; the guest is lost"
+
+
+def test_recover_that_is_refused_exits_with_1(daemon):
+    info = types_pb2.ErrorInfo(type="GuestBusyError", message="there is nothing to recover")
+    daemon.failure = (grpc.StatusCode.FAILED_PRECONDITION, info)
+
+    result = run("recover", "m-1", daemon=daemon)
+
+    assert (result.exit_code, result.stderr) == (1, "migrate: there is nothing to recover\n")
+
+
+def test_recover_to_what_is_no_address_is_a_usage_error(daemon):
+    assert run("recover", "m-1", "--to", "elsewhere", daemon=daemon).exit_code == 2
+    assert not daemon.requests
 
 
 def test_list(daemon):

@@ -11,6 +11,7 @@ from migrate.native.exports import Exports
 from migrate.session.rules import check_compression, choose_compression
 from migrate.session.source import SourceSession
 from migrate.telemetry.clock import Clock
+from migrate.v1 import daemon_state_pb2 as saved
 from migrate.v1 import migration_service_pb2 as operator
 from migrate.v1 import transfer_service_pb2 as transfer
 from migrate.v1 import types_pb2 as types
@@ -93,10 +94,17 @@ class Destination:
     def switch_over(self, request):
         raise ChannelError("enough was seen", holder=GuestHolder.SOURCE)
 
-    def abort(self, migration_id, reason):
+    def abort(self, migration_id, reason, attempt):
         pass
 
     def close(self):
+        pass
+
+
+class Journal:
+    """Nothing has to outlive this test."""
+
+    def save(self, migration):
         pass
 
 
@@ -131,18 +139,24 @@ ANSWERS = {
 def test_source_compresses_only_what_was_asked_for_and_agreed_on(name):
     asked, answer, agreed = ANSWERS[name]
     destination, exports = Destination(answer), SpiedExports()
+    request = operator.StartMigrationRequest(guest="g", to="192.0.2.2:7400", order="precopy", compression=asked)
+    entry = saved.SavedMigration(
+        migration_id="m",
+        source=saved.SavedSource(request=request, token="t", to=request.to),  # noqa: S106
+    )
     session = SourceSession(
-        "m",
-        operator.StartMigrationRequest(guest="g", to="192.0.2.2:7400", order="precopy", compression=asked),
+        entry,
         types.GUEST_KIND_PROCESS,
         Guest(),
-        destination,
+        lambda *_: destination,
         exports,
         page_endpoint=Endpoint("127.0.0.1", 1),
         control_endpoint=Endpoint("127.0.0.1", 2),
         clock=Clock(),
         on_guest_left=lambda: None,
         on_guest_stays=lambda: None,
+        on_guest_spent=lambda: None,
+        journal=Journal(),
     )
     session.run()
     assert session.record.snapshot().error.message == "enough was seen"

@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from migrate.errors import GuestBusyError, GuestHolder
-from migrate.session import destination, precopy, source
+from migrate.session import arrival, destination, precopy, source, two_generals
 from migrate.session.states import State
 from migrate.v1 import types_pb2 as types
 from tests.harness.model import LONG_US, Model, Plan
@@ -25,7 +25,11 @@ PAGES = 48
 def start(monkeypatch):
     """Makes a model of a migration; whatever a test did to it, the whole guest is somewhere at the end."""
     monkeypatch.setattr(source, "_POLL_S", 0.001)
-    monkeypatch.setattr(source, "_RETRY_FIRST_S", 0.001)
+    for module in (source, two_generals):
+        monkeypatch.setattr(module, "RETRY_FIRST_S", 0.001)
+        monkeypatch.setattr(module, "RETRY_MAX_S", 0.001)
+    for name in ("_RETRY_FIRST_S", "_RETRY_MAX_S"):
+        monkeypatch.setattr(arrival, name, 0.001)
     monkeypatch.setattr(precopy, "_AWAIT_US", 1_000)
     monkeypatch.setattr(destination, "_OBSERVE_S", 0.001)
     made = []
@@ -90,6 +94,7 @@ def test_prepare_that_is_aborted_while_it_builds_leaves_no_twin(start, method):
     prepare = waiting(model, "prepare")
     model.control.deliver(prepare)
     model.settle()
+    model.cancel()
     model.control.give_up(prepare, will_arrive=False)
     model.settle()
     model.pass_call(waiting(model, "abort"))
@@ -103,11 +108,65 @@ def test_prepare_that_is_aborted_while_it_builds_leaves_no_twin(start, method):
 def test_prepare_that_arrives_after_its_abort_is_refused(start):
     model = start()
     prepare = waiting(model, "prepare")
+    model.cancel()
     model.control.give_up(prepare, will_arrive=True)
     model.settle()
     model.pass_call(waiting(model, "abort"))
     model.pass_call(prepare)
     assert model.at_destination.made == []
+
+
+def test_prepare_that_is_overtaken_by_the_next_attempt_is_refused(start):
+    model = start()
+    late = waiting(model, "prepare")
+    model.control.give_up(late, will_arrive=True)
+    model.settle()
+    (again,) = [call for call in model.calls(SENT) if call is not late]
+    model.pass_call(again)
+    model.control.deliver(late)
+    model.settle()
+    assert len(model.at_destination.made) == 1
+    assert model.destination_session.attempt == 2
+    assert model.twin is not None
+
+
+def test_next_attempt_takes_the_place_of_one_whose_answer_was_lost(start):
+    model = start(types.MIGRATION_MODE_HYBRID)
+    lose_answer(model, waiting(model, "prepare"))
+    first = model.twin
+    model.pass_call(waiting(model, "prepare"))
+    assert first.is_dead
+    assert model.twin is not first
+    model.drive()
+    assert model.source_state is State.COMPLETED
+    assert model.source_session.record.snapshot().attempt == 2
+
+
+def test_pages_flow_again_once_a_page_call_that_failed_for_good_is_made_anew(start):
+    model = start()
+    model.pass_call(waiting(model, "prepare"))
+    model.pass_call(waiting(model, "switch_over"))
+    model.touch_what_is_missing(3, 0)
+    model.link.fail()
+    model.settle()
+    assert model.destination_session.record.state is State.POSTCOPY_PAUSED
+    model.pass_call(waiting(model, "resume_migration"))
+    assert model.destination_session.record.state is State.POSTCOPY
+    model.drive()
+    assert model.touches == []
+    assert model.destination_session.record.snapshot().recoveries == 1
+
+
+def test_end_whose_answer_is_lost_is_said_again(start):
+    model = start()
+    model.pass_call(waiting(model, "prepare"))
+    model.pass_call(waiting(model, "switch_over"))
+    model.flow()
+    lose_answer(model, waiting(model, "complete"))
+    assert model.source_state is State.COMPLETED
+    assert model.destination_session.record.state is State.POSTCOPY
+    model.pass_call(waiting(model, "complete"))
+    assert model.destination_session.record.state is State.COMPLETED
 
 
 def test_record_can_be_looked_at_while_a_cancellation_is_undone(start):
@@ -210,9 +269,8 @@ def test_source_serves_on_though_the_destination_denies_the_migration(start):
 def test_destination_whose_source_never_comes_back_lets_go(start):
     model = start(types.MIGRATION_MODE_HYBRID)
     model.pass_call(waiting(model, "prepare"))
-    model.control.give_up(waiting(model, "invalidate"), will_arrive=False)
-    model.settle()
-    model.control.give_up(waiting(model, "abort"), will_arrive=False)
+    model.control.go_down()
+    wait_until(lambda: model.source_session.record.is_final, 10, "the source to have tried often enough")
     model.settle()
     assert model.source_state is State.FAILED
     assert model.twin is not None

@@ -1,0 +1,89 @@
+"""A migration's record, and with it what is written down: the one is shown, the other outlives the daemon."""
+
+import logging
+
+from migrate.errors import GuestHolder, MigrateError, StateDirError
+from migrate.session.ports import Journal
+from migrate.session.record import MigrationRecord
+from migrate.session.states import Event
+from migrate.v1 import daemon_state_pb2 as saved
+from migrate.v1 import types_pb2 as types
+
+_log = logging.getLogger(__name__)
+
+
+class Ledger:
+    """What is shown and what is written of one migration on one side.
+
+    Args:
+        record: What is shown; its lock guards both.
+        entry: What is written; changed by the session, under the lock.
+        journal: Where.
+    """
+
+    def __init__(self, record: MigrationRecord, entry: saved.SavedMigration, journal: Journal) -> None:
+        self.record = record
+        self.entry = entry
+        self._journal = journal
+
+    def save(self) -> None:
+        """Write down what is in the entry now.
+
+        Raises:
+            StateDirError: it could not be written; what was there before still is.
+        """
+        with self.record.lock:
+            self._journal.save(self.entry)
+
+    def end(self, event: Event, error: MigrateError | None = None) -> None:
+        """Take a last step. It is written down before it is shown: nobody sees an end that a restart undoes.
+
+        Raises:
+            LocalProtocolError: the event is not allowed now.
+            StateDirError: it could not be written; nothing was changed.
+        """
+        with self.record.lock:
+            self.entry.final.CopyFrom(self.record.foresee(event, error))
+            try:
+                self._journal.save(self.entry)
+            except StateDirError:
+                self.entry.ClearField("final")
+                raise
+            self._step(event, error)
+
+    def end_anyhow(self, event: Event, error: MigrateError | None = None) -> None:
+        """Take a last step that has happened already, whether or not it can be written down.
+
+        If it cannot, a restart finds the guests as they are, and comes to the same end by itself.
+
+        Raises:
+            LocalProtocolError: the event is not allowed now.
+        """
+        try:
+            self.end(event, error)
+        except StateDirError as failure:
+            _log.warning("the end of migration %s was not written down: %s", self.record.migration_id, failure)
+            self._step(event, error)
+
+    def _step(self, event: Event, error: MigrateError | None) -> None:
+        self.record.on(event, error)
+        log_end(self.record.snapshot())
+
+
+def log_end(final: types.Migration) -> None:
+    """Say in the log how a migration ended, and who holds the guest now: a lost one is an error, nothing else is."""
+    level = logging.INFO if final.state == types.MIGRATION_STATE_COMPLETED else logging.WARNING
+    if final.holder == types.GUEST_HOLDER_NONE:
+        level = logging.ERROR
+    has_error = level != logging.INFO and final.HasField("error")
+    why = f": {final.error.type}: {final.error.message}" if has_error else ""
+    _log.log(
+        level,
+        "migration %s of guest %s has ended at its %s: %s; %s%s",
+        final.migration_id,
+        final.guest,
+        types.MigrationSide.Name(final.side).removeprefix("MIGRATION_SIDE_").lower(),
+        types.MigrationState.Name(final.state).removeprefix("MIGRATION_STATE_"),
+        GuestHolder(final.holder).describe(),
+        why,
+    )

@@ -1,0 +1,72 @@
+"""What a source does that does not know whether its guest runs at the destination: it asks, and never guesses.
+
+The question is Abort. It is either carried out, which fences the attempt at the destination durably (it never ran there
+and never will), or refused, because vCPUs run there or may soon; then GetIncoming says which. No other answer, and no
+silence, tells anything.
+"""
+
+import random
+from collections.abc import Callable
+
+from migrate.errors import AttemptLostError, GuestBusyError, MigrateError, MigrationAbortedError
+from migrate.session.backoff import Backoff
+from migrate.session.ports import PeerPort
+from migrate.session.precopy import gave_up
+from migrate.session.record import MigrationRecord
+from migrate.session.states import State
+from migrate.v1 import types_pb2 as types
+
+RETRY_FIRST_S = 0.1
+RETRY_MAX_S = 2.0
+_RUNNING_STATES = frozenset(
+    {
+        types.MIGRATION_STATE_POSTCOPY,
+        types.MIGRATION_STATE_POSTCOPY_PAUSED,
+        types.MIGRATION_STATE_POSTCOPY_RECOVER,
+        types.MIGRATION_STATE_COMPLETED,
+    }
+)
+
+
+def learn_whether_it_runs(
+    record: MigrationRecord,
+    peer_now: Callable[[], PeerPort],
+    attempt: int,
+    lost: MigrateError,
+    pause: Callable[[float], None],
+) -> None:
+    """Ask until it is known that the guest runs at the destination, by an answer or by END.
+
+    Args:
+        record: Of the migration, in SWITCHOVER.
+        peer_now: The destination, which may come to listen elsewhere.
+        attempt: The one whose Switchover may have arrived.
+        lost: Why nobody knows.
+        pause: Waits some seconds; raises what ends the asking.
+
+    Raises:
+        MigrationAbortedError: it never ran there and never will; an AttemptLostError if another try may fare better.
+    """
+    backoff = Backoff(RETRY_FIRST_S, RETRY_MAX_S, random.Random())  # noqa: S311 - jitter, no secret
+    while record.state is State.SWITCHOVER:
+        try:
+            if _fence_or_see_it_run(record.migration_id, peer_now(), attempt, lost):
+                return
+        except MigrationAbortedError:
+            raise
+        except MigrateError as error:
+            record.note_error(error)
+        pause(backoff.next_s())
+
+
+def _fence_or_see_it_run(migration_id: str, peer: PeerPort, attempt: int, lost: MigrateError) -> bool:
+    """One question. True: it runs there, or has. False: not known yet."""
+    try:
+        peer.abort(migration_id, "the answer to Switchover was lost", attempt)
+    except GuestBusyError:
+        incoming = peer.get_incoming(migration_id)
+        if incoming.state == types.MIGRATION_STATE_FAILED and incoming.holder == types.GUEST_HOLDER_SOURCE:
+            raise gave_up(incoming) from lost
+        has_failed = incoming.state == types.MIGRATION_STATE_FAILED  # after it ran
+        return has_failed or incoming.state in _RUNNING_STATES
+    raise AttemptLostError(f"{lost.message}; the destination never ran the guest") from lost
