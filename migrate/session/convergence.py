@@ -7,7 +7,6 @@ the guest writes them; the downtime is the time that the last round takes, while
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from itertools import pairwise
 
 from migrate.units import pages_to_bytes
 from migrate.v1 import types_pb2 as types
@@ -16,7 +15,7 @@ DOWNTIME_LIMIT_DEFAULT_US = 50_000
 # Of the downtime, what is not pages: pausing, saving, loading and resuming vCPUs, and the calls between (measured: 3 to
 # 5 ms on loopback for a small state).
 OVERHEAD_US = 6_000
-# A round that is not at least this much smaller than the one before it brings the end no nearer.
+# A round that is not at least this much smaller than the smallest before it brings the end no nearer.
 SHRINKS_TO = 0.9
 # So many rounds in a row without progress are no accident.
 STUCK_ROUNDS = 3
@@ -94,11 +93,11 @@ def next_step(terms: Terms, rounds: Sequence[Round], bandwidth_bytes_per_s: floa
 
 
 def is_stuck(rounds: Sequence[Round]) -> bool:
-    """Whether the rounds have stopped shrinking."""
+    """Whether the rounds have stopped shrinking: compared with the smallest, for they go up and down by themselves."""
     if len(rounds) <= STUCK_ROUNDS:
         return False
-    recent = [one.dirty_pages for one in rounds[-STUCK_ROUNDS - 1 :]]
-    return all(after > before * SHRINKS_TO for before, after in pairwise(recent))
+    before, recent = rounds[:-STUCK_ROUNDS], rounds[-STUCK_ROUNDS:]
+    return min(one.dirty_pages for one in recent) > min(one.dirty_pages for one in before) * SHRINKS_TO
 
 
 def _settle(rounds: Sequence[Round]) -> Next:

@@ -38,7 +38,7 @@ from tests.harness.chaos_side import ASK_S, NAME, NO_ANSWER, POLL_S, ChaosError,
 from tests.harness.chaos_watch import CopiesWatch
 from tests.harness.processes import guest_pids, is_alive
 
-DEADLINE_S = 90
+DEADLINE_S = 120
 _BACK_S = 60
 # After both say that it is over, how long a daemon may take to a point that comes later still.
 _LATE_S = 1.0

@@ -74,6 +74,12 @@ def test_rounds_that_shrink_are_not_stuck():
     assert is_stuck([Round(pages, 1) for pages in (1_000, 990, 980, 970)])
 
 
+def test_rounds_that_go_up_and_down_make_no_progress():
+    # Each is a tenth smaller than the one before it, or larger; none than the smallest.
+    assert is_stuck([Round(pages, 1) for pages in (1_000, 1_200, 1_000, 1_180)])
+    assert not is_stuck([Round(pages, 1) for pages in (1_000, 1_200, 1_000, 890)])
+
+
 def test_three_rounds_without_progress_are_needed():
     assert not is_stuck([Round(1_000, 1)] * 3)
     assert is_stuck([Round(1_000, 1)] * 4)
