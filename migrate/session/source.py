@@ -348,6 +348,7 @@ class SourceSession:
         now_us = self._clock.now_us()
         self._lost_us = self._lost_us or now_us
         # One that never was reached is perhaps being started; more likely, the address is wrong.
+        self._is_reached |= not isinstance(error.__cause__, PeerUnreachableError)
         patience_us = _LOST_TIMEOUTS_MAX * self._timeout_us if self._is_reached else CONNECT_DEADLINE_S * 1_000_000
         if self._saved.attempt >= _ATTEMPTS_MAX or now_us - self._lost_us > patience_us:
             if isinstance(error.__cause__, PeerUnreachableError):

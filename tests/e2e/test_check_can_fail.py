@@ -18,7 +18,7 @@ MEMORY_BYTES = 32 << 20
 
 @pytest.fixture
 def pair(tmp_path):
-    source = DaemonProcess(options=["--state-dir", str(tmp_path / "source")])
+    source = DaemonProcess(state_dir=tmp_path / "source")
     destination = DaemonProcess()
     yield source, destination
     source.close()

@@ -20,7 +20,7 @@ MEMORY_BYTES = 32 << 20
 
 @pytest.fixture
 def source(tmp_path):
-    daemon = DaemonProcess(options=["--state-dir", str(tmp_path / "state")])
+    daemon = DaemonProcess(state_dir=tmp_path / "state")
     yield daemon
     daemon.close()
 
