@@ -22,6 +22,7 @@ from migrate.errors import (
     ConfigError,
     GuestBusyError,
     GuestHolder,
+    MigrateError,
     NotFoundError,
     StateDirError,
 )
@@ -96,7 +97,11 @@ class MigrationRegistry:
         self.control_endpoint = Endpoint("", 0)
 
     def restore(self, entries: Iterable[saved.SavedMigration]) -> None:
-        """Take up what a daemon before this one wrote down; its guests have been adopted, nobody calls yet."""
+        """Take up what a daemon before this one wrote down; its guests have been adopted, nobody calls yet.
+
+        Raises:
+            StateDirError: one of them makes no sense.
+        """
         never_ran = set()
         for twin in guests_that_never_ran(self._guests):
             # Whatever its daemon was about to do with it, the source begins anew.
@@ -105,13 +110,23 @@ class MigrationRegistry:
         for entry in entries:
             if entry.destination.instance in never_ran:
                 entry.destination.may_run = False
-            guest = self._guests.find_instance(entry.source.instance or entry.destination.instance)
-            if entry.HasField("final"):
-                self._remember(entry, guest)
-            elif entry.HasField("source"):
-                self._begin_source(entry, guest)
-            else:
-                self._take_up_destination(entry, guest)
+            try:
+                self._restore_one(entry)
+            except (MigrateError, ValueError, KeyError) as error:
+                # Without it, a guest might run twice, or never again.
+                raise StateDirError(
+                    f"what is written down of migration {entry.migration_id!r} makes no sense: {error}",
+                    remedy="no daemon wrote it like this",
+                ) from error
+
+    def _restore_one(self, entry: saved.SavedMigration) -> None:
+        guest = self._guests.find_instance(entry.source.instance or entry.destination.instance)
+        if entry.HasField("final"):
+            self._remember(entry, guest)
+        elif entry.HasField("source"):
+            self._begin_source(entry, guest)
+        else:
+            self._take_up_destination(entry, guest)
 
     # ---- as a source ----
 

@@ -18,6 +18,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from google.protobuf.message import DecodeError
+
 from migrate.errors import (
     GuestBusyError,
     GuestGoneError,
@@ -177,7 +179,7 @@ class Guest:
             state = pb.MachineState()
             try:
                 state.ParseFromString(serialized)
-            except ValueError as error:
+            except DecodeError as error:
                 raise RemoteProtocolError("the guest's state is not a message") from error
             vcpus = self._check_state(state)
             for index, items in enumerate(vcpus):
