@@ -1,5 +1,6 @@
 """Fuzzers in Python: hypothesis for a few seconds in every run of the tests, and for as long as --fuzz says."""
 
+import faulthandler
 import os
 import time
 
@@ -17,6 +18,8 @@ def fuzz(target, strategy, *, examples=EXAMPLES):
         suppress_health_check=list(HealthCheck),
         database=None,
     )(given(strategy)(target))
+    if FUZZ_S:
+        faulthandler.cancel_dump_traceback_later()  # it takes longer than a test should
     until_s = time.monotonic() + FUZZ_S
     attempt()
     while time.monotonic() < until_s:
