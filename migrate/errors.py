@@ -145,6 +145,12 @@ class PeerUnreachableError(ChannelError):
     """No connection to the other side could be made: nothing of the call has arrived there."""
 
 
+class PeerNotTrustedError(ChannelError):
+    """The other side did not prove that it is who it should be, or did not believe us."""
+
+    grpc_status = "UNAUTHENTICATED"
+
+
 class GuestGoneError(ChannelError):
     """The guest process closed its socket: it is dead."""
 

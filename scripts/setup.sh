@@ -3,7 +3,7 @@
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=$ROOT/.venv
-DEMO_PACKAGES=(gcc pkg-config python3-dev python3-venv libxxhash-dev libnghttp2-dev libzstd-dev)
+DEMO_PACKAGES=(gcc pkg-config python3-dev python3-venv libxxhash-dev libnghttp2-dev libssl-dev libzstd-dev)
 TEST_PACKAGES=("${DEMO_PACKAGES[@]}" iproute2)
 SANITIZE_PACKAGES=(clang libclang-rt-dev)
 PYTHON_PROBE='

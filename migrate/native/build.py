@@ -12,7 +12,7 @@ ffibuilder = FFI()
 ffibuilder.cdef((HERE / "cdef.h").read_text())
 ffibuilder.set_source_pkgconfig(
     "migrate.native._native",
-    ["libnghttp2", "libzstd"],
+    ["libnghttp2", "libssl", "libcrypto", "libzstd"],
     "".join(
         f'#include "{header.name}"\n'
         for header in sorted(HERE.glob("*.h"))

@@ -98,7 +98,7 @@ void mig_order_on_more(struct mig_order *order, uint64_t first_page);
 uint32_t mig_order_next(struct mig_order *order, const struct mig_bitmap *missing, const struct mig_bitmap *requested,
                         uint32_t max_pages, uint64_t *ret_first_page);
 
-/* ---- the page call: wire.h, compress.h, reply_order.h, pacing.h, patience.h, exports.h, pageserver.h, fetch.h ---- */
+/* ---- the page call: wire.h, compress.h, reply_order.h, pacing.h, patience.h, tls.h, exports.h, pageserver.h, fetch.h ---- */
 struct mig_fetch_request {
     uint64_t request_id;
     uint32_t region;
@@ -196,17 +196,25 @@ void mig_backoff_reset(struct mig_backoff *backoff);
 uint64_t mig_backoff_next_ns(struct mig_backoff *backoff);
 uint64_t mig_cap_delay_us(struct mig_cap *cap, uint64_t now_us, uint64_t count_bytes);
 
+enum { MIG_TLS_TEXT_BYTES, ... };
+struct mig_tls;
+int mig_tls_create(const char *ca_pem_path, const char *cert_pem_path, const char *key_pem_path, const char *peers_dir,
+                   struct mig_tls **ret, char *text, size_t text_bytes);
+int mig_tls_reload(struct mig_tls *tls, char *text, size_t text_bytes);
+void mig_tls_put(struct mig_tls *tls);
+
 struct mig_exports;
 struct mig_export;
 int mig_exports_create(struct mig_exports **ret);
 void mig_exports_destroy(struct mig_exports *exports);
 int mig_exports_publish(struct mig_exports *exports, const char *migration_id, const char *token,
-                        struct mig_page_source *source, enum mig_compression compression);
+                        struct mig_page_source *source, enum mig_compression compression, const char *peer_name);
 int mig_exports_set_generation(struct mig_exports *exports, const char *migration_id, uint64_t generation);
 void mig_exports_withdraw(struct mig_exports *exports, const char *migration_id);
 int mig_exports_find(struct mig_exports *exports, const char *migration_id, const char *authorization,
                      struct mig_export **ret);
 void mig_export_put(struct mig_export *export);
+const char *mig_export_peer_name(const struct mig_export *export);
 uint64_t mig_export_generation(const struct mig_export *export);
 struct mig_page_source *mig_export_enter(struct mig_export *export);
 void mig_export_leave(struct mig_export *export);
@@ -217,12 +225,14 @@ struct mig_page_server_counters {
     uint64_t connections_now;
     uint64_t connections;
     uint64_t connections_failed;
+    uint64_t handshakes_failed;
     uint64_t calls;
     uint64_t calls_failed;
     uint64_t requests;
     uint64_t data_pages;
 };
-int mig_page_server_create(int listen_fd, struct mig_exports *exports, struct mig_page_server **ret);
+int mig_page_server_create(int listen_fd, struct mig_exports *exports, struct mig_tls *tls,
+                           struct mig_page_server **ret);
 void mig_page_server_destroy(struct mig_page_server *server);
 const struct mig_page_server_counters *mig_page_server_counters(const struct mig_page_server *server);
 int mig_page_server_next_event(struct mig_page_server *server, char *text);
@@ -238,6 +248,8 @@ struct mig_fetch_terms {
     enum mig_compression compression;
     uint64_t max_bandwidth_bytes_per_s;
     uint64_t peer_timeout_us;
+    struct mig_tls *tls;
+    const char *server_name;
 };
 enum mig_fetch_reason {
     MIG_FETCH_FINE,
@@ -247,6 +259,7 @@ enum mig_fetch_reason {
     MIG_FETCH_INTEGRITY,
     MIG_FETCH_GUEST,
     MIG_FETCH_LOCAL,
+    MIG_FETCH_TLS,
 };
 struct mig_fetch_failure {
     int reason;

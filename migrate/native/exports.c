@@ -15,6 +15,7 @@ struct mig_export {
     struct mig_export *next;
     char *migration_id;
     char *authorization; /* as the caller must send it */
+    char *peer_name;
     struct mig_page_source *source;
     int memfd;
     enum mig_compression compression;
@@ -55,6 +56,7 @@ static void free_export(struct mig_export *export)
         close(export->memfd);
     free(export->migration_id);
     free(export->authorization);
+    free(export->peer_name);
     free(export);
 }
 
@@ -68,7 +70,7 @@ static struct mig_export **find_link(struct mig_exports *exports, const char *mi
 }
 
 int mig_exports_publish(struct mig_exports *exports, const char *migration_id, const char *token,
-                        struct mig_page_source *source, enum mig_compression compression)
+                        struct mig_page_source *source, enum mig_compression compression, const char *peer_name)
 {
     struct mig_export *export = calloc(1, sizeof(*export));
     if (!export)
@@ -79,8 +81,9 @@ int mig_exports_publish(struct mig_exports *exports, const char *migration_id, c
                                   .compression = compression,
                                   .holders = 1};
     export->migration_id = strdup(migration_id);
+    export->peer_name = strdup(peer_name);
     export->authorization = malloc(strlen(BEARER) + strlen(token) + 1);
-    if (!export->migration_id || !export->authorization || export->memfd < 0) {
+    if (!export->migration_id || !export->authorization || !export->peer_name || export->memfd < 0) {
         const int rc = export->memfd < 0 ? -errno : -ENOMEM;
         free_export(export);
         return rc;
@@ -170,6 +173,11 @@ void mig_export_put(struct mig_export *export)
     pthread_mutex_unlock(&export->exports->mutex);
     if (is_last)
         free_export(export);
+}
+
+const char *mig_export_peer_name(const struct mig_export *export)
+{
+    return export->peer_name;
 }
 
 int mig_export_memfd(const struct mig_export *export)

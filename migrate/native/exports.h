@@ -16,11 +16,12 @@ int mig_exports_create(struct mig_exports **ret);
 void mig_exports_destroy(struct mig_exports *exports);
 
 /**
- * Serve a memory from now on, its runs compressed as its reader understands it.
+ * Serve a memory from now on, its runs compressed as its reader understands it. Where readers prove who they are, only
+ * to the host of that name or numeric address; "" is any host.
  * Returns 0 or -errno; -EEXIST if the migration is served already.
  */
 int mig_exports_publish(struct mig_exports *exports, const char *migration_id, const char *token,
-                        struct mig_page_source *source, enum mig_compression compression);
+                        struct mig_page_source *source, enum mig_compression compression, const char *peer_name);
 
 /** What is read from now on was read in this generation of the dirty log. Returns 0 or -ENOENT. */
 int mig_exports_set_generation(struct mig_exports *exports, const char *migration_id, uint64_t generation);
@@ -36,6 +37,9 @@ int mig_exports_find(struct mig_exports *exports, const char *migration_id, cons
                      struct mig_export **ret);
 /** Let go of an export. NULL is nothing. */
 void mig_export_put(struct mig_export *export);
+
+/** The host that it is for; "" is any. */
+const char *mig_export_peer_name(const struct mig_export *export);
 
 /** The memory's descriptor, the export's own: open as long as the export is held, whatever becomes of the source. */
 int mig_export_memfd(const struct mig_export *export);

@@ -30,7 +30,12 @@ class Exports:
         self._lock = threading.Lock()
 
     def publish(
-        self, migration_id: str, token: str, source: "PageSource", compression: Compression = Compression.NONE
+        self,
+        migration_id: str,
+        token: str,
+        source: "PageSource",
+        compression: Compression = Compression.NONE,
+        peer_name: str = "",
     ) -> None:
         """Serve a memory to the holder of a token from now on.
 
@@ -39,12 +44,16 @@ class Exports:
             token: Proves that the reader is the one.
             source: The memory.
             compression: What the reader understands; a server may use it or not.
+            peer_name: DNS name or numeric address that the reader's certificate must be for, where readers have one;
+                empty is any host.
 
         Raises:
             AlreadyExistsError: the migration is served already.
         """
         with self._lock:
-            rc = lib.mig_exports_publish(self.handle, migration_id.encode(), token.encode(), source.handle, compression)
+            rc = lib.mig_exports_publish(
+                self.handle, migration_id.encode(), token.encode(), source.handle, compression, peer_name.encode()
+            )
             if rc == -errno.EEXIST:
                 raise AlreadyExistsError(f"migration {migration_id!r} is served already")
             _check("publish a memory", rc)
@@ -110,6 +119,11 @@ class Export:
         """The generation of what is read from now on: to be asked before the read."""
         generation: int = lib.mig_export_generation(self._handle)
         return generation
+
+    @property
+    def peer_name(self) -> str:
+        """The host that it is for, where readers prove who they are; empty is any."""
+        return str(ffi.string(lib.mig_export_peer_name(self._handle)).decode())
 
     @contextmanager
     def reading(self) -> "Iterator[PageSource]":

@@ -90,18 +90,20 @@ static bool wait_for_work(struct mig_link *link, int uffd, uint64_t timeout_ns, 
         [ON_SOCKET] = {.fd = link->h2 ? mig_h2_fd(link->h2) : -1, .events = socket_events},
         [ON_FAULT] = {.fd = uffd, .events = POLLIN},
     };
+    const bool has_unseen = link->h2 && mig_h2_has_unseen(link->h2);
+    const uint64_t wait_ns = has_unseen ? 0 : timeout_ns;
     const struct timespec timeout = {
-        .tv_sec = (time_t)(timeout_ns / 1000000000u),
-        .tv_nsec = (long)(timeout_ns % 1000000000u),
+        .tv_sec = (time_t)(wait_ns / 1000000000u),
+        .tv_nsec = (long)(wait_ns % 1000000000u),
     };
     eventfd_t woken;
 
-    if (ppoll(fds, POLLED, timeout_ns == UINT64_MAX ? NULL : &timeout, NULL) < 0)
-        return false;
+    if (ppoll(fds, POLLED, wait_ns == UINT64_MAX ? NULL : &timeout, NULL) < 0)
+        return has_unseen;
     if (fds[ON_WAKE].revents)
         eventfd_read(link->wake_fd, &woken);
     *ret_fault = fds[ON_FAULT].revents;
-    return fds[ON_SOCKET].revents & ~POLLOUT;
+    return has_unseen || fds[ON_SOCKET].revents & ~POLLOUT;
 }
 
 static uint64_t sooner(uint64_t a, uint64_t b)
@@ -328,9 +330,11 @@ int mig_fetch_create(const struct mig_fetch_terms *terms, struct mig_fetch **ret
     fetch->migration_id = strdup(terms->migration_id);
     fetch->authorization = join("Bearer ", terms->token);
     fetch->authority = authority_of(terms->host, terms->port);
+    fetch->server_name = strdup(terms->server_name ? terms->server_name : terms->host);
+    fetch->tls = mig_tls_get(terms->tls);
     fetch->urgent.wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     fetch->background.wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    if (!fetch->host || !fetch->migration_id || !fetch->authorization || !fetch->authority ||
+    if (!fetch->host || !fetch->migration_id || !fetch->authorization || !fetch->authority || !fetch->server_name ||
         fetch->urgent.wake_fd < 0 || fetch->background.wake_fd < 0) {
         mig_fetch_destroy(fetch);
         return -ENOMEM;
@@ -349,10 +353,9 @@ int mig_fetch_connect(struct mig_fetch *fetch, uint64_t timeout_us)
         if (rc == 0)
             rc = mig_link_greet(links[i], deadline_ns);
         if (rc < 0) {
-            const char *words = links[i]->h2 ? mig_h2_error(links[i]->h2) : "";
-            mig_fetch_fail(fetch, MIG_FETCH_LINK, rc, "no page service answers at %s: %s", fetch->authority,
-                           words[0] ? words : strerror(-rc));
-            return MIG_FETCH_LINK;
+            const enum mig_fetch_reason reason = links[i]->is_refused ? MIG_FETCH_TLS : MIG_FETCH_LINK;
+            mig_fetch_fail(fetch, reason, rc, "no page service answers at %s: %s", fetch->authority, links[i]->trouble);
+            return reason;
         }
     }
     fetch->greeting_rtt_ns = fetch->rtts.count ? fetch->rtts.smallest_ns : 0;
@@ -423,6 +426,8 @@ void mig_fetch_destroy(struct mig_fetch *fetch)
     free(fetch->migration_id);
     free(fetch->authorization);
     free(fetch->authority);
+    free(fetch->server_name);
+    mig_tls_put(fetch->tls);
     free(fetch);
 }
 

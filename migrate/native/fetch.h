@@ -17,6 +17,7 @@
 
 #include "compress.h"
 #include "pager.h"
+#include "tls.h"
 
 struct mig_fetch;
 
@@ -29,6 +30,8 @@ struct mig_fetch_terms {
     enum mig_compression compression;   /* that was agreed on; the source may use it or not */
     uint64_t max_bandwidth_bytes_per_s; /* of the background; 0 is no cap */
     uint64_t peer_timeout_us;           /* within so long the loss of the source is known (patience.h); 0 is 5 s */
+    struct mig_tls *tls;                /* NULL: plain text. Held as long as the fetch is there */
+    const char *server_name;            /* that the source's certificate is for; NULL is host */
 };
 
 /* Why a fetch failed. */
@@ -40,6 +43,7 @@ enum mig_fetch_reason {
     MIG_FETCH_INTEGRITY = 4, /* a page does not have its digest */
     MIG_FETCH_GUEST = 5,     /* the guest process is gone */
     MIG_FETCH_LOCAL = 6,     /* a system call here failed: `error` */
+    MIG_FETCH_TLS = 7,       /* one side does not trust the other, or the source speaks no TLS */
 };
 
 struct mig_fetch_failure {

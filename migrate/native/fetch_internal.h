@@ -1,4 +1,4 @@
-/* What the parts of the fetch share: fetch.c (threads), fetch_link.c (one connection and its call). */
+/* What the parts of the fetch share: fetch.c (threads), fetch_open.c and fetch_link.c (one connection and its call). */
 #ifndef MIG_FETCH_INTERNAL_H
 #define MIG_FETCH_INTERNAL_H
 
@@ -30,6 +30,8 @@ struct mig_link {
     struct mig_reply_order order;
     struct mig_decompressor *decompressor; /* NULL until a run comes compressed */
     bool wants_to_write;
+    bool is_refused;   /* the last trouble was that one side does not trust the other */
+    char trouble[256]; /* why it could not be opened */
     bool has_call_ended;
     enum mig_status call_status;
     char call_text[MIG_STATUS_TEXT_BYTES];
@@ -42,7 +44,8 @@ struct mig_link {
 };
 
 struct mig_fetch {
-    char *host, *migration_id, *authorization, *authority;
+    char *host, *migration_id, *authorization, *authority, *server_name;
+    struct mig_tls *tls; /* NULL: plain text */
     uint16_t port;
     bool verify;
     enum mig_compression compression;
@@ -65,10 +68,16 @@ struct mig_fetch {
     struct mig_fetch_counters counters; /* each field is written by one thread */
 };
 
+/* ---- fetch_open.c; both leave the words for what went wrong in `trouble` ---- */
+
 /** Connect and say hello; the call comes later. Returns 0 or -errno. */
 int mig_link_open(struct mig_link *link, uint64_t deadline_ns);
 /** Wait until the server has said hello and answered a few PINGs, whose round trips are noted. Returns 0 or -errno. */
 int mig_link_greet(struct mig_link *link, uint64_t deadline_ns);
+
+/* ---- fetch_link.c ---- */
+
+extern const struct mig_h2_handler MIG_LINK_HANDLER;
 /** Begin the call, connecting again if need be. */
 void mig_link_call(struct mig_link *link, uint64_t now_ns);
 /** Read, write, notice what ended, what broke, what is silent; connect again when it is time. */
@@ -80,6 +89,8 @@ void mig_link_end(struct mig_link *link);
 /** Nanoseconds until the link wants to be stepped though nothing came. */
 uint64_t mig_link_patience_ns(const struct mig_link *link, uint64_t now_ns);
 void mig_link_close(struct mig_link *link);
+
+/* ---- fetch.c ---- */
 
 /** Note the first failure, and wake all who wait. */
 __attribute__((format(printf, 4, 5))) void mig_fetch_fail(struct mig_fetch *fetch, enum mig_fetch_reason reason,

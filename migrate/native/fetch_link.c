@@ -1,32 +1,13 @@
 #include <errno.h>
-#include <poll.h>
 #include <stdio.h>
 #include <string.h>
-#include <unistd.h>
 
 #include "fetch_internal.h"
-#include "tcp.h"
 #include "units.h"
 #include "wire.h"
 
 static const char PATH[] = "/migrate.v1.PageService/FetchPages";
 static const uint64_t NEVER_NS = UINT64_MAX;
-
-/* The largest response is a full request of data and its few fields. */
-enum { MESSAGE_BYTES_MAX = (1 << 20) + 4096, GREETING_PINGS = 4 };
-static const struct mig_h2_limits URGENT_LIMITS = {
-    .message_bytes_max = MESSAGE_BYTES_MAX,
-    .receive_bytes = 64 << 10,
-    .frame_bytes_max = 16 << 10,
-    .window_bytes = 1 << 20,
-};
-/* The staging message and what the socket hands over at a time share the L2 cache. */
-static const struct mig_h2_limits BACKGROUND_LIMITS = {
-    .message_bytes_max = MESSAGE_BYTES_MAX,
-    .receive_bytes = 256 << 10,
-    .frame_bytes_max = 1 << 20,
-    .window_bytes = 16 << 20,
-};
 
 static const char *name_of(const struct mig_link *link)
 {
@@ -183,6 +164,12 @@ static void on_close(void *user, struct mig_h2_stream *stream)
         note_end(link, stream);
 }
 
+const struct mig_h2_handler MIG_LINK_HANDLER = {
+    .on_message = on_message,
+    .on_end = on_end,
+    .on_close = on_close,
+};
+
 /* ---- up and down ---- */
 
 void mig_link_close(struct mig_link *link)
@@ -194,57 +181,6 @@ void mig_link_close(struct mig_link *link)
     mig_h2_destroy(link->h2);
     link->h2 = NULL;
     link->stream = NULL;
-}
-
-int mig_link_open(struct mig_link *link, uint64_t deadline_ns)
-{
-    static const struct mig_h2_handler handler = {
-        .on_message = on_message,
-        .on_end = on_end,
-        .on_close = on_close,
-    };
-    const bool is_urgent = link->kind == MIG_KIND_URGENT;
-    const int64_t left_ns = (int64_t)(deadline_ns - mig_now_ns());
-    int fd;
-    int rc = left_ns <= 0 ? -ETIMEDOUT
-                          : mig_tcp_connect(link->fetch->host, link->fetch->port, (uint64_t)left_ns / 1000, &fd);
-
-    if (rc < 0)
-        return rc;
-    rc = mig_h2_create(fd, MIG_H2_CLIENT, is_urgent ? &URGENT_LIMITS : &BACKGROUND_LIMITS, &handler, link, &link->h2);
-    if (rc < 0) {
-        close(fd);
-        return rc;
-    }
-    link->state = MIG_LINK_READY;
-    link->opened_ns = mig_now_ns();
-    rc = mig_h2_flush(link->h2);
-    return rc < 0 ? rc : 0;
-}
-
-int mig_link_greet(struct mig_link *link, uint64_t deadline_ns)
-{
-    struct pollfd poll_fd = {.fd = mig_h2_fd(link->h2), .events = POLLIN};
-
-    for (int pings = 0; pings < GREETING_PINGS || !mig_h2_is_greeted(link->h2);) {
-        const int64_t left_ns = (int64_t)(deadline_ns - mig_now_ns());
-        if (left_ns <= 0)
-            return -ETIMEDOUT;
-        mig_h2_ping(link->h2);
-        int rc = mig_h2_flush(link->h2);
-        if (rc >= 0) {
-            poll(&poll_fd, 1, (int)(left_ns / 1000000 + 1));
-            rc = mig_h2_receive(link->h2, false);
-        }
-        if (rc < 0)
-            return rc;
-        const uint64_t ping_ns = mig_h2_take_ping_ns(link->h2);
-        if (ping_ns) {
-            mig_fetch_note_rtt(link->fetch, ping_ns);
-            pings++;
-        }
-    }
-    return 0;
 }
 
 /* The connection is of no more use: what it owes must be asked for again, by whoever comes. */
@@ -270,8 +206,8 @@ static void lose(struct mig_link *link, uint64_t now_ns, const char *text)
         refuse(link, MIG_FETCH_LOCAL, rc, "queue pages again");
     } else if (now_ns - link->lost_ns >= fetch->patience.lost_ns) {
         link->state = MIG_LINK_FAILED;
-        mig_fetch_fail(fetch, MIG_FETCH_LINK, 0, "the page call to the source at %s broke: %s", fetch->authority,
-                       reason);
+        mig_fetch_fail(fetch, link->is_refused ? MIG_FETCH_TLS : MIG_FETCH_LINK, 0,
+                       "the page call to the source at %s broke: %s", fetch->authority, reason);
     } else {
         /* The last try is at the end of the time there is. */
         const uint64_t retry_ns = now_ns + mig_backoff_next_ns(&link->backoff);
@@ -314,7 +250,7 @@ void mig_link_call(struct mig_link *link, uint64_t now_ns)
     }
     const int rc = mig_link_open(link, try_until(link, now_ns));
     if (rc < 0) {
-        lose(link, mig_now_ns(), strerror(-rc));
+        lose(link, mig_now_ns(), link->trouble);
         return;
     }
     __atomic_fetch_add(&link->fetch->counters.reconnects, 1, __ATOMIC_RELAXED); /* both links count there */
@@ -481,6 +417,7 @@ void mig_link_step(struct mig_link *link, bool is_readable, uint64_t now_ns)
         mig_link_close(link);
     if (!is_up(link))
         return;
+    link->is_refused = rc == -EKEYREJECTED;
     if (rc < 0 || mig_h2_is_over(link->h2))
         lose(link, now_ns, mig_h2_error(link->h2));
     else

@@ -9,12 +9,14 @@ from migrate.errors import (
     IntegrityError,
     MigrateError,
     NativeError,
+    PeerNotTrustedError,
     RemoteProtocolError,
     UffdError,
 )
 from migrate.native._native import ffi, lib
 from migrate.native.compression import Compression
 from migrate.native.pager import Pager
+from migrate.native.tls import NativeTls
 
 PEER_TIMEOUT_US: int = lib.MIG_PEER_TIMEOUT_US
 """Within so long the loss of a source is known, unless told otherwise."""
@@ -48,6 +50,8 @@ class NativeFetch:
         compression: What was agreed on; runs may come so, or plain.
         max_bandwidth_bytes_per_s: Cap of the background; 0 is none.
         peer_timeout_us: Within so long the loss of the source is known; 0 is PEER_TIMEOUT_US.
+        tls: Both ends prove who they are; None is plain text.
+        server_name: DNS name or numeric address that the source's certificate must be for; empty is `host`.
     """
 
     def __init__(
@@ -61,8 +65,10 @@ class NativeFetch:
         compression: Compression = Compression.NONE,
         max_bandwidth_bytes_per_s: int = 0,
         peer_timeout_us: int = 0,
+        tls: NativeTls | None = None,
+        server_name: str = "",
     ) -> None:
-        strings = [ffi.new("char[]", text.encode()) for text in (host, migration_id, token)]
+        strings = [ffi.new("char[]", text.encode()) for text in (host, migration_id, token, server_name or host)]
         terms = ffi.new(
             "struct mig_fetch_terms *",
             {
@@ -74,6 +80,8 @@ class NativeFetch:
                 "compression": compression,
                 "max_bandwidth_bytes_per_s": max_bandwidth_bytes_per_s,
                 "peer_timeout_us": peer_timeout_us,
+                "tls": ffi.NULL if tls is None else tls.handle,
+                "server_name": strings[3],
             },
         )
         ret = ffi.new("struct mig_fetch **")
@@ -87,6 +95,7 @@ class NativeFetch:
 
         Raises:
             ChannelError: no gRPC server answers there; this fetch is then to be closed, and another one made.
+            PeerNotTrustedError: one does, but it is not who it should be, or does not trust us.
         """
         lib.mig_fetch_connect(self._fetch, timeout_us)
         failure = self._failure()
@@ -141,5 +150,6 @@ class NativeFetch:
             lib.MIG_FETCH_PROTOCOL: RemoteProtocolError,
             lib.MIG_FETCH_INTEGRITY: IntegrityError,
             lib.MIG_FETCH_GUEST: GuestLostError,
+            lib.MIG_FETCH_TLS: PeerNotTrustedError,
         }
         return errors[failure.reason](text) if failure.reason else None

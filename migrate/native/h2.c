@@ -100,28 +100,31 @@ static ssize_t write_file(struct mig_h2 *connection)
     return written < 0 ? -errno : written;
 }
 
+void mig_h2_batch_advance(struct mig_h2 *connection, size_t count_bytes)
+{
+    while (count_bytes) {
+        struct segment *first = &connection->segments[connection->segment_first];
+        const size_t part = count_bytes < first->count_bytes ? count_bytes : first->count_bytes;
+        first->offset += part;
+        first->count_bytes -= part;
+        count_bytes -= part;
+        connection->segment_first += !first->count_bytes;
+    }
+}
+
 /* Returns 0 when the batch is written, 1 when the socket is full, or -errno. */
 static int write_batch(struct mig_h2 *connection)
 {
     while (connection->segment_first < connection->segment_count) {
         const bool is_file = connection->segments[connection->segment_first].fd >= 0;
-        ssize_t written = is_file ? write_file(connection) : write_memory(connection);
+        const ssize_t written = is_file ? write_file(connection) : write_memory(connection);
         if (written == -EINTR)
             continue;
         if (written < 0)
             return written == -EAGAIN ? 1 : (int)written;
         connection->wire_bytes += (uint64_t)written;
-        while (written > 0) {
-            struct segment *first = &connection->segments[connection->segment_first];
-            const size_t part = (size_t)written < first->count_bytes ? (size_t)written : first->count_bytes;
-            first->offset += part;
-            first->count_bytes -= part;
-            written -= (ssize_t)part;
-            connection->segment_first += !first->count_bytes;
-        }
+        mig_h2_batch_advance(connection, (size_t)written);
     }
-    connection->segment_first = connection->segment_count = 0;
-    connection->scratch_bytes = 0;
     return 0;
 }
 
@@ -136,15 +139,19 @@ static void free_streams(struct mig_h2_stream **list)
 
 static void note_errno(struct mig_h2 *connection, int rc)
 {
+    const char *words = connection->tls ? mig_tls_stream_error(connection->tls) : "";
+
     if (!connection->error[0])
-        snprintf(connection->error, sizeof(connection->error), "%s", strerror(-rc));
+        snprintf(connection->error, sizeof(connection->error), "%s", words[0] ? words : strerror(-rc));
 }
 
 int mig_h2_flush(struct mig_h2 *connection)
 {
     for (;;) {
-        int rc = write_batch(connection);
+        int rc = connection->tls ? mig_h2_write_sealed(connection) : write_batch(connection);
         if (rc == 0) {
+            connection->segment_first = connection->segment_count = 0;
+            connection->scratch_bytes = 0;
             free_streams(&connection->graveyard);
             rc = fill_batch(connection);
         }
@@ -170,12 +177,29 @@ static int take(struct mig_h2 *connection, const uint8_t *bytes, size_t count_by
     return taken == NGHTTP2_ERR_NOMEM ? -ENOMEM : -EPROTO;
 }
 
+/* Whether this is the beginning of a record of TLS, a handshake or an alert, from who takes us for one of its kind. */
+static bool is_tls(const uint8_t *bytes, size_t count_bytes)
+{
+    return count_bytes >= 2 && (bytes[0] == 0x16 || bytes[0] == 0x15) && bytes[1] == 0x03;
+}
+
 /* The place of what arrives next, if it is much of a message: it need not be copied there. */
 static size_t find_landing(const struct mig_h2 *connection, uint8_t **ret)
 {
     const size_t room = connection->landing ? mig_h2_call_room(connection->landing, ret) : 0;
     const size_t bytes = room < connection->frame_left_bytes ? room : connection->frame_left_bytes;
     return bytes >= LANDING_BYTES_MIN ? bytes : 0;
+}
+
+static ssize_t receive_plain(struct mig_h2 *connection, struct msghdr *message, bool may_wait)
+{
+    const ssize_t got = recvmsg(connection->fd, message, may_wait ? 0 : MSG_DONTWAIT);
+
+    if (got <= 0)
+        return got < 0 ? -errno : 0;
+    connection->heard_ns = mig_now_ns();
+    connection->wire_bytes += (uint64_t)got;
+    return got;
 }
 
 int mig_h2_receive(struct mig_h2 *connection, bool may_wait)
@@ -186,19 +210,24 @@ int mig_h2_receive(struct mig_h2 *connection, bool may_wait)
     const size_t behind_bytes = landing_bytes ? BEHIND_BYTES : connection->limits.receive_bytes;
     struct iovec iov[2] = {{landing, landing_bytes}, {connection->received, behind_bytes}};
     struct msghdr message = {.msg_iov = iov, .msg_iovlen = 2};
-    const ssize_t got = recvmsg(connection->fd, &message, may_wait ? 0 : MSG_DONTWAIT);
+    const ssize_t got = connection->tls ? mig_h2_receive_sealed(connection, iov, may_wait)
+                                        : receive_plain(connection, &message, may_wait);
     connection->has_more = got == (ssize_t)(landing_bytes + behind_bytes);
-    if (got < 0 && (errno == EAGAIN || errno == EINTR))
+    if (got == -EAGAIN || got == -EINTR)
         return 0;
     if (got <= 0) {
-        const int rc = got < 0 ? -errno : -ECONNRESET;
+        const int rc = got < 0 ? (int)got : -ECONNRESET;
         if (got == 0 && !connection->error[0])
             snprintf(connection->error, sizeof(connection->error), "the peer closed the connection");
         note_errno(connection, rc);
         return rc;
     }
-    connection->heard_ns = mig_now_ns();
-    connection->wire_bytes += (uint64_t)got;
+    if (!connection->has_received && is_tls(connection->received, (size_t)got)) {
+        snprintf(connection->error, sizeof(connection->error), "%s",
+                 connection->role == MIG_H2_SERVER ? "TLS on a plain-text port" : "the peer speaks TLS, we do not");
+        return -EPROTO;
+    }
+    connection->has_received = true;
     const size_t landed_bytes = (size_t)got < landing_bytes ? (size_t)got : landing_bytes;
     int rc = take(connection, landing, landed_bytes);
     if (rc == 0)
@@ -208,7 +237,8 @@ int mig_h2_receive(struct mig_h2 *connection, bool may_wait)
 
 bool mig_h2_is_written(const struct mig_h2 *connection)
 {
-    return connection->segment_first == connection->segment_count;
+    return connection->segment_first == connection->segment_count &&
+           (!connection->tls || mig_tls_stream_is_sent(connection->tls));
 }
 
 bool mig_h2_is_over(const struct mig_h2 *connection)
@@ -242,6 +272,11 @@ int mig_h2_create(int fd, enum mig_h2_role role, const struct mig_h2_limits *lim
     return 0;
 }
 
+void mig_h2_secure(struct mig_h2 *connection, struct mig_tls_stream *tls)
+{
+    connection->tls = tls;
+}
+
 void mig_h2_destroy(struct mig_h2 *connection)
 {
     if (!connection)
@@ -252,6 +287,7 @@ void mig_h2_destroy(struct mig_h2 *connection)
     nghttp2_session_del(connection->session);
     free_streams(&connection->streams);
     free_streams(&connection->graveyard);
+    mig_tls_stream_destroy(connection->tls);
     if (connection->fd >= 0)
         close(connection->fd);
     free(connection->received);
@@ -290,6 +326,17 @@ bool mig_h2_has_more(const struct mig_h2 *connection)
     return connection->has_more;
 }
 
+bool mig_h2_has_unseen(const struct mig_h2 *connection)
+{
+    return connection->tls && mig_tls_stream_has_unseen(connection->tls);
+}
+
+bool mig_h2_is_caller(const struct mig_h2_stream *stream, const char *name)
+{
+    const struct mig_tls_stream *tls = stream->connection->tls;
+    return !tls || mig_tls_stream_is_peer(tls, name);
+}
+
 uint64_t mig_h2_heard_ns(const struct mig_h2 *connection)
 {
     return connection->heard_ns;
@@ -307,7 +354,7 @@ bool mig_h2_is_leaving(const struct mig_h2 *connection)
 
 uint64_t mig_h2_wire_bytes(const struct mig_h2 *connection)
 {
-    return connection->wire_bytes;
+    return connection->wire_bytes + (connection->tls ? mig_tls_stream_wire_bytes(connection->tls) : 0);
 }
 
 const char *mig_h2_error(const struct mig_h2 *connection)

@@ -36,6 +36,7 @@ enum mig_status {
 enum { MIG_STATUS_TEXT_BYTES = 256, MIG_H2_HEADERS_BYTES_MAX = 8 << 10, MIG_H2_STREAMS_MAX = 16 };
 
 struct mig_h2;
+struct mig_tls_stream;
 
 /* One call. */
 struct mig_h2_stream;
@@ -68,13 +69,19 @@ struct mig_h2_limits {
 int mig_h2_create(int fd, enum mig_h2_role role, const struct mig_h2_limits *limits,
                   const struct mig_h2_handler *handler, void *user, struct mig_h2 **ret);
 
+/**
+ * From now on all bytes go through TLS, whose handshake is done; before any was sent or received. Takes it over, and
+ * ends it with the connection.
+ */
+void mig_h2_secure(struct mig_h2 *connection, struct mig_tls_stream *tls);
+
 /** Close the socket, end all calls (on_close, on_free), free. NULL is nothing. */
 void mig_h2_destroy(struct mig_h2 *connection);
 
 /**
  * Take in what the socket has; with `may_wait`, sleep until it has something (SO_RCVTIMEO bounds that).
  * Returns 1 if there was something, 0 if not, or -errno: -ECONNRESET when the peer has closed, -EPROTO when it broke
- * the protocol (a GOAWAY is queued: flush once more).
+ * the protocol (a GOAWAY is queued: flush once more), -EKEYREJECTED when it does not trust our certificate.
  */
 int mig_h2_receive(struct mig_h2 *connection, bool may_wait);
 
@@ -140,6 +147,8 @@ uint64_t mig_h2_take_ping_ns(struct mig_h2 *connection);
 int mig_h2_fd(const struct mig_h2 *connection);
 /** Whether the last receive took all that it had room for: then there is more, probably. */
 bool mig_h2_has_more(const struct mig_h2 *connection);
+/** Whether there may be bytes that poll does not see, since TLS has taken them from the socket: receive before it. */
+bool mig_h2_has_unseen(const struct mig_h2 *connection);
 /** When bytes last came, CLOCK_MONOTONIC. */
 uint64_t mig_h2_heard_ns(const struct mig_h2 *connection);
 /** Whether the peer's SETTINGS have come: somebody who speaks HTTP/2 is there. */
@@ -148,6 +157,8 @@ bool mig_h2_is_greeted(const struct mig_h2 *connection);
 bool mig_h2_is_leaving(const struct mig_h2 *connection);
 /** Bytes of the socket, both ways. */
 uint64_t mig_h2_wire_bytes(const struct mig_h2 *connection);
+/** Whether the caller is that host, by its certificate (DNS name or numeric address). Anybody is, in plain text. */
+bool mig_h2_is_caller(const struct mig_h2_stream *stream, const char *name);
 /** Why the connection is no more, in words. */
 const char *mig_h2_error(const struct mig_h2 *connection);
 

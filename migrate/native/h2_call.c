@@ -190,7 +190,7 @@ int mig_h2_call(struct mig_h2 *connection, const char *authority, const char *pa
     enum { FIXED = 6, METADATA_MAX = 8 };
     nghttp2_nv nv[FIXED + METADATA_MAX] = {
         pair(":method", "POST"),
-        pair(":scheme", "http"),
+        pair(":scheme", connection->tls ? "https" : "http"),
         pair(":path", path),
         pair(":authority", authority),
         pair("content-type", CONTENT_TYPE),

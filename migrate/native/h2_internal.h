@@ -5,6 +5,7 @@
 #include <nghttp2/nghttp2.h>
 
 #include "h2.h"
+#include "tls_stream.h"
 #include "wire.h"
 
 enum { BATCH_SEGMENTS_MAX = 256, WRITE_IOV_MAX = 128, BATCH_SCRATCH_BYTES = 64 << 10, ERROR_BYTES = 256 };
@@ -64,6 +65,7 @@ struct mig_h2_stream {
 
 struct mig_h2 {
     int fd;
+    struct mig_tls_stream *tls; /* NULL: plain text */
     enum mig_h2_role role;
     struct mig_h2_limits limits;
     struct mig_h2_handler handler;
@@ -81,7 +83,7 @@ struct mig_h2 {
     uint64_t ping_sent_ns; /* 0 if none is on its way */
     uint64_t ping_ns;
     uint64_t wire_bytes;
-    bool is_greeted, is_leaving, is_broken;
+    bool has_received, is_greeted, is_leaving, is_broken;
     char error[ERROR_BYTES];
 
     /* What goes out next: frame headers and small frames in scratch, bodies where they lie. */
@@ -116,7 +118,15 @@ void mig_h2_call_fail(struct mig_h2_stream *stream, enum mig_status status);
 /** Fill in grpc-status and grpc-message; returns how many. `text` gets the percent-encoded words. */
 size_t mig_h2_trailers(const struct mig_h2_stream *stream, nghttp2_nv nv[2], char text[3 * MIG_STATUS_TEXT_BYTES]);
 
+/* h2_tls.c */
+/** Write the batch; returns 0 when all is written, 1 when the socket is full, or -errno. */
+int mig_h2_write_sealed(struct mig_h2 *connection);
+/** As recvmsg does, but for -errno. */
+ssize_t mig_h2_receive_sealed(struct mig_h2 *connection, const struct iovec iov[2], bool may_wait);
+
 /* h2.c */
+/** So much of the batch was taken. */
+void mig_h2_batch_advance(struct mig_h2 *connection, size_t count_bytes);
 bool mig_h2_batch_has_room(const struct mig_h2 *connection, int segments, size_t scratch_bytes);
 void mig_h2_batch_copy(struct mig_h2 *connection, const void *bytes, size_t count_bytes);
 /** The next part of a message's body, which is not copied. */

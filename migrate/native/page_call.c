@@ -61,6 +61,11 @@ enum mig_status mig_page_call_begin(struct mig_h2_stream *stream, struct mig_exp
         mig_h2_explain(stream, "no pages are served here for migration '%.100s'", migration_id ? migration_id : "");
         return MIG_STATUS_NOT_FOUND;
     }
+    if (mig_export_peer_name(export)[0] && !mig_h2_is_caller(stream, mig_export_peer_name(export))) {
+        mig_export_put(export);
+        mig_h2_explain(stream, "the migration's pages are for another host than the certificate's");
+        return MIG_STATUS_PERMISSION_DENIED;
+    }
     struct mig_page_call *call = calloc(1, sizeof(*call));
     if (!call) {
         mig_export_put(export);

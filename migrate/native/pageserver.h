@@ -10,9 +10,9 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "events.h"
 #include "exports.h"
-
-enum { MIG_EVENT_TEXT_BYTES = 320 };
+#include "tls.h"
 
 struct mig_page_server;
 
@@ -21,14 +21,19 @@ struct mig_page_server_counters {
     uint64_t connections_now;
     uint64_t connections;
     uint64_t connections_failed; /* ended by a peer that broke the protocol, went silent, or came one too many */
+    uint64_t handshakes_failed;  /* those of them that did not prove who they are */
     uint64_t calls;
     uint64_t calls_failed;
     uint64_t requests;
     uint64_t data_pages;
 };
 
-/** Serve on a listening TCP socket, which it takes over. The exports stay the caller's. Returns 0 or -errno. */
-int mig_page_server_create(int listen_fd, struct mig_exports *exports, struct mig_page_server **ret);
+/**
+ * Serve on a listening TCP socket, which it takes over; in plain text, or, if `tls` is not NULL, to hosts that prove
+ * who they are. The exports stay the caller's. Returns 0 or -errno.
+ */
+int mig_page_server_create(int listen_fd, struct mig_exports *exports, struct mig_tls *tls,
+                           struct mig_page_server **ret);
 
 /** End all connections and threads, free. */
 void mig_page_server_destroy(struct mig_page_server *server);

@@ -10,6 +10,7 @@ from migrate.config import Endpoint
 from migrate.errors import ConfigError, NativeError
 from migrate.native._native import ffi, lib
 from migrate.native.exports import Exports
+from migrate.native.tls import NativeTls
 
 _BACKLOG = 64
 
@@ -23,6 +24,7 @@ class PageServerCounters:
     connections_now: int
     connections: int
     connections_failed: int
+    handshakes_failed: int
     calls: int
     calls_failed: int
     requests: int
@@ -35,16 +37,17 @@ class PageServer:
     Args:
         endpoint: Where to listen; port 0 takes a free one.
         exports: What to serve.
+        tls: Serves hosts that prove who they are, and nobody else; None is plain text.
 
     Raises:
         ConfigError: the address cannot be listened on.
     """
 
-    def __init__(self, endpoint: Endpoint, exports: Exports) -> None:
+    def __init__(self, endpoint: Endpoint, exports: Exports, tls: NativeTls | None = None) -> None:
         listener = _listen(endpoint)
         self.endpoint = Endpoint(endpoint.host, listener.getsockname()[1])
         ret = ffi.new("struct mig_page_server **")
-        rc = lib.mig_page_server_create(listener.fileno(), exports.handle, ret)
+        rc = lib.mig_page_server_create(listener.fileno(), exports.handle, ffi.NULL if tls is None else tls.handle, ret)
         if rc < 0:
             listener.close()
             raise NativeError("start the page server", -rc)

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from migrate.config import CONNECT_DEADLINE_S, Endpoint
-from migrate.errors import ChannelError, MigrateError
+from migrate.errors import ChannelError, MigrateError, PeerNotTrustedError
 from migrate.native.compression import Compression
 from migrate.native.fetcher import PEER_TIMEOUT_US, NativeFetch
 from migrate.native.pager import Pager
+from migrate.native.tls import NativeTls
 from migrate.pager.grpcio_fetcher import GrpcioFetcher
 from migrate.telemetry.clock import Clock
 from migrate.v1 import types_pb2 as types
@@ -30,6 +31,8 @@ class FetchTerms:
         max_bandwidth_bytes_per_s: Cap of the background; 0 is none.
         compression: What was agreed on; runs may come so, or plain. Transport grpcio takes none.
         peer_timeout_us: Within so long the loss of the source is known; 0 is PEER_TIMEOUT_US.
+        tls: Both ends prove who they are; None is plain text. Transport native alone.
+        server_name: What the source's certificate must be for; empty is the endpoint's host.
     """
 
     endpoint: Endpoint
@@ -39,6 +42,8 @@ class FetchTerms:
     max_bandwidth_bytes_per_s: int
     compression: Compression = Compression.NONE
     peer_timeout_us: int = 0
+    tls: NativeTls | None = None
+    server_name: str = ""
 
     @property
     def connect_timeout_us(self) -> int:
@@ -105,9 +110,17 @@ class NativeFetcher:
             compression=terms.compression,
             max_bandwidth_bytes_per_s=terms.max_bandwidth_bytes_per_s,
             peer_timeout_us=terms.peer_timeout_us,
+            tls=terms.tls,
+            server_name=terms.server_name or terms.endpoint.host,
         )
         try:
             self._fetch.connect(terms.connect_timeout_us)
+        except PeerNotTrustedError as error:
+            raise PeerNotTrustedError(
+                f"the destination and the source's page service at {terms.endpoint} do not trust each other: "
+                f"{error.message}",
+                remedy="both hosts need certificates of one authority, each for the name that the other calls it by",
+            ) from error
         except ChannelError as error:
             raise ChannelError(
                 f"the destination cannot reach the source's page service at {terms.endpoint}: {error.message}",
