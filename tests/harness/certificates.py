@@ -1,6 +1,6 @@
 """Certificates for a test: good ones, and each kind of bad one."""
 
-import datetime
+import datetime as dt
 import ipaddress
 import ssl
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from migrate.native.tls import NativeTls
 
 NAMES = ("127.0.0.1", "::1", "localhost", "one.example")
 BOTH = (ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH)
-_DAY = datetime.timedelta(days=1)
+_DAY = dt.timedelta(days=1)
 NOW, PAST, FUTURE = (-_DAY, _DAY), (-2 * _DAY, -_DAY), (_DAY, 2 * _DAY)
 
 
@@ -101,7 +101,7 @@ class Authority:
         return identity
 
     def _builder(self, subject, key, valid):
-        now = datetime.datetime.now(datetime.UTC)
+        now = dt.datetime.now(dt.UTC)
         return (
             x509.CertificateBuilder()
             .subject_name(subject)

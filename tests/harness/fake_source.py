@@ -80,6 +80,7 @@ class FakeSource:
         on_end: Called with the FakeCall when the client half-closed; likewise.
         settings: HTTP/2 settings to greet with.
         digest: Called with first page and count; the digest of a data run.
+        context: Speaks TLS so; what came of handshakes that failed is in `refusals`.
     """
 
     def __init__(
@@ -92,9 +93,12 @@ class FakeSource:
         on_end=None,
         settings=None,
         digest=lambda first, count: 0,
+        context=None,
     ):
         self.memory, self.digest = memory, digest
         self.settings = settings
+        self.context = context
+        self.refusals = []
         self.on_connection, self.on_call, self.on_request, self.on_end = on_connection, on_call, on_request, on_end
         self.calls = []
         self.peers = []
@@ -133,12 +137,19 @@ class FakeSource:
                 connected, _ = self._listener.accept()
             except OSError:
                 return
-            peer = Peer(connected)
+            try:
+                peer = Peer(self._secured(connected))
+            except OSError as error:
+                self.refusals.append(error)
+                continue
             peer.socket.settimeout(None)
             thread = threading.Thread(target=self._serve, args=(peer, len(self.peers)))
             self.peers.append(peer)
             self._threads.append(thread)
             thread.start()
+
+    def _secured(self, connected):
+        return connected if self.context is None else self.context.wrap_socket(connected, server_side=True)
 
     def _serve(self, peer, number):
         try:

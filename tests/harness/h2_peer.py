@@ -94,13 +94,13 @@ class Peer:
         self._block = b""
 
     @classmethod
-    def connect(cls, endpoint, receive_buffer_bytes=None):
+    def connect(cls, endpoint, receive_buffer_bytes=None, context=None):
         made = socket.socket()
         if receive_buffer_bytes:
             made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer_bytes)
         made.settimeout(_DEADLINE_S)
         made.connect((endpoint.host, endpoint.port))
-        return cls(made)
+        return cls(made if context is None else context.wrap_socket(made))
 
     def __enter__(self):
         return self

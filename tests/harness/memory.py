@@ -69,13 +69,21 @@ class Memory:
 class ServedMemory:
     """A memory that the native page server serves as migration "m" to who has the token "t"."""
 
-    def __init__(self, pages=1024, host="127.0.0.1", compression=Compression.NONE, fill=page_bytes):
+    def __init__(
+        self,
+        pages=1024,
+        host="127.0.0.1",
+        compression=Compression.NONE,
+        fill=page_bytes,
+        tls=None,
+        peer_name="",
+    ):
         self.memory = Memory(pages, fill)
         self.compression = compression
         self.source = PageSource(self.memory.fd, pages)
         self.exports = Exports()
-        self.exports.publish(MIGRATION_ID, TOKEN, self.source, compression)
-        self.server = PageServer(Endpoint(host, 0), self.exports)
+        self.exports.publish(MIGRATION_ID, TOKEN, self.source, compression, peer_name)
+        self.server = PageServer(Endpoint(host, 0), self.exports, tls)
 
     @property
     def endpoint(self):
@@ -129,19 +137,27 @@ def requests_for(asked):
     ]
 
 
-def stock_fetch(endpoint, asked, metadata=METADATA):
+def stock_channel(endpoint, credentials=None, options=()):
+    """A channel on a connection of its own."""
+    options = (*CHANNEL_OPTIONS, *options)
+    if credentials is None:
+        return grpc.insecure_channel(str(endpoint), options=options)
+    return grpc.secure_channel(str(endpoint), credentials, options=options)
+
+
+def stock_fetch(endpoint, asked, metadata=METADATA, credentials=None, options=()):
     """Fetch runs with a stock grpcio client on a connection of its own; the bytes of each."""
-    with grpc.insecure_channel(str(endpoint), options=CHANNEL_OPTIONS) as channel:
+    with stock_channel(endpoint, credentials, options) as channel:
         responses = rpc.PageServiceStub(channel).FetchPages(
             iter(requests_for(asked)), metadata=metadata, timeout=_CALL_S
         )
         return pages_of(responses, asked)
 
 
-def stock_status(endpoint, requests, metadata=METADATA, timeout=_CALL_S):
+def stock_status(endpoint, requests, metadata=METADATA, timeout=_CALL_S, credentials=None):
     """(code, details, replies) of a call by a stock client."""
     replies = []
-    with grpc.insecure_channel(str(endpoint), options=CHANNEL_OPTIONS) as channel:
+    with stock_channel(endpoint, credentials) as channel:
         call = rpc.PageServiceStub(channel).FetchPages(iter(requests), metadata=metadata, timeout=timeout)
         with contextlib.suppress(grpc.RpcError):
             replies.extend(call)
