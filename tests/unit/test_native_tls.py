@@ -141,9 +141,7 @@ def test_plain_text_client_gets_nothing_and_is_named(secured, caplog):
     check_refused(secured, caplog, "plain text on a TLS port")
 
 
-@pytest.mark.parametrize(
-    "sent", [b"\x16\x03\x01\x02\x00" + bytes(512), b"\x17\x03\x03\x00\x10" + bytes(16)]
-)
+@pytest.mark.parametrize("sent", [b"\x16\x03\x01\x02\x00" + bytes(512), b"\x17\x03\x03\x00\x10" + bytes(16)])
 def test_garbage_is_refused(secured, caplog, sent):
     with socket.create_connection((secured.endpoint.host, secured.endpoint.port)) as connected:
         connected.sendall(sent)
