@@ -210,6 +210,8 @@ static int fail_of_openssl(struct mig_tls_stream *stream, int ssl_error)
         return fail_of_plain_text(stream);
     if (ssl_error == SSL_ERROR_SSL)
         return fail(stream, refused, mig_tls_words(stream->ssl));
+    if (!stream->is_server && !stream->has_data && SSL_is_init_finished(stream->ssl)) /* gRPC's own servers do so */
+        return fail(stream, -ECONNRESET, "the peer hung up without a word: it may not trust our certificate");
     if (stream->socket_error)
         return fail(stream, -stream->socket_error, strerror(stream->socket_error));
     return fail(stream, -ECONNRESET, "the peer closed the connection");

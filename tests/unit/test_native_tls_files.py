@@ -240,11 +240,7 @@ def test_paths_may_hold_any_character(authority, tmp_path):
     odd = tmp_path / "é % \udcff"
     odd.mkdir()
     host = authority.issue()
-    made = NativeTls(
-        *(
-            odd / path.name
-            for path in (host.ca, host.cert, host.key)
-            if (odd / path.name).write_bytes(path.read_bytes())
-        )
-    )
-    made.close()
+    paths = [odd / path.name for path in (host.ca, host.cert, host.key)]
+    for path, original in zip(paths, (host.ca, host.cert, host.key), strict=True):
+        path.write_bytes(original.read_bytes())
+    NativeTls(*paths).close()
