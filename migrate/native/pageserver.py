@@ -44,10 +44,11 @@ class PageServer:
     """
 
     def __init__(self, endpoint: Endpoint, exports: Exports, tls: NativeTls | None = None) -> None:
+        tls_handle = ffi.NULL if tls is None else tls.handle
         listener = _listen(endpoint)
         self.endpoint = Endpoint(endpoint.host, listener.getsockname()[1])
         ret = ffi.new("struct mig_page_server **")
-        rc = lib.mig_page_server_create(listener.fileno(), exports.handle, ffi.NULL if tls is None else tls.handle, ret)
+        rc = lib.mig_page_server_create(listener.fileno(), exports.handle, tls_handle, ret)
         if rc < 0:
             listener.close()
             raise NativeError("start the page server", -rc)

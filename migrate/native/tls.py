@@ -26,7 +26,18 @@ class NativeTls:
         peers_dir = ffi.NULL if peers is None else bytes(peers)
         rc = lib.mig_tls_create(bytes(ca), bytes(cert), bytes(key), peers_dir, ret, text, len(text))
         _check(rc, text)
-        self.handle: Any = ret[0]
+        self._handle: Any = ret[0]
+
+    @property
+    def handle(self) -> Any:
+        """The C object.
+
+        Raises:
+            ConfigError: it was let go of; to use nothing in its place would be plain text.
+        """
+        if self._handle == ffi.NULL:
+            raise ConfigError("these TLS certificates were closed already")
+        return self._handle
 
     def reload(self) -> None:
         """Load the files again, for connections that begin from now on.
@@ -39,8 +50,8 @@ class NativeTls:
 
     def close(self) -> None:
         """Let go of it. Idempotent."""
-        lib.mig_tls_put(self.handle)
-        self.handle = ffi.NULL
+        lib.mig_tls_put(self._handle)
+        self._handle = ffi.NULL
 
 
 def _check(rc: int, text: Any) -> None:

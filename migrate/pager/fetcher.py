@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from migrate.config import CONNECT_DEADLINE_S, Endpoint
-from migrate.errors import ChannelError, MigrateError, PeerNotTrustedError
+from migrate.errors import ChannelError, ConfigError, MigrateError, PeerNotTrustedError
 from migrate.native.compression import Compression
 from migrate.native.fetcher import PEER_TIMEOUT_US, NativeFetch
 from migrate.native.pager import Pager
@@ -179,8 +179,13 @@ def make_fetcher(
         terms: What to fetch.
         clock: Times the pacing of the grpcio transport.
         on_failure: Told, once, the error that made pages stop coming.
+
+    Raises:
+        ConfigError: the transport cannot do what the terms ask for.
     """
     if transport == types.PAGE_TRANSPORT_GRPCIO:
+        if terms.tls is not None:  # rather than send the token in plain text
+            raise ConfigError("transport grpcio does not take the native transport's TLS")
         return GrpcioFetcher(
             terms.endpoint,
             terms.migration_id,

@@ -4,7 +4,11 @@ import threading
 
 import pytest
 
+from migrate.config import Endpoint
 from migrate.errors import ConfigError, PeerNotTrustedError
+from migrate.native.exports import Exports
+from migrate.native.fetcher import NativeFetch
+from migrate.native.pageserver import PageServer
 from migrate.native.tls import NativeTls
 from tests.harness.certificates import FUTURE, PAST, Authority
 from tests.harness.destination import PAGES, Destination, failure_of
@@ -100,6 +104,19 @@ def test_closing_twice_is_closing_once(host):
     made = host.native()
     made.close()
     made.close()
+
+
+def test_nothing_is_served_or_fetched_with_what_was_closed(host):
+    """Least of all in plain text."""
+    made = host.native()
+    made.close()
+    with pytest.raises(ConfigError, match="closed"):
+        made.reload()
+    exports = Exports()
+    with pytest.raises(ConfigError, match="closed"):
+        PageServer(Endpoint("127.0.0.1", 0), exports, made)
+    with pytest.raises(ConfigError, match="closed"):
+        NativeFetch("127.0.0.1", 1, "m", "t", tls=made)
 
 
 # ---- what is loaded again ----
