@@ -74,6 +74,7 @@ class DaemonConfig:
             that goes with the daemon, and its guests with it.
         advertise: HOST:PORT that peers are told instead of `listen`, where they reach it by another address.
         advertise_pages: Likewise of `page_listen`.
+        tls_dir: The daemon's certificate, key, and whom it trusts (migrate/tls.py); None serves everybody in plaintext.
         ready_fd: Written one JSON line {"listen": …, "page_listen": …} once the daemon serves, then closed.
     """
 
@@ -82,4 +83,5 @@ class DaemonConfig:
     state_dir: Path | None = None
     advertise: str | None = None
     advertise_pages: str | None = None
+    tls_dir: Path | None = None
     ready_fd: int | None = None

@@ -83,7 +83,7 @@ class GuestBusyError(MigrateError):
 
 
 class PermissionDeniedError(MigrateError):
-    """A token is missing or wrong."""
+    """A token is missing or wrong, or the caller's role does not allow the call."""
 
     grpc_status = "PERMISSION_DENIED"
 

@@ -12,6 +12,7 @@ from migrate.cli.doctor import doctor
 from migrate.cli.guest import guest
 from migrate.cli.migration import EXIT_INTERRUPTED, cancel, list_migrations, recover, start, status, switchover
 from migrate.cli.render import EXIT_FAILED, EXIT_PAUSED
+from migrate.cli.tls import tls
 from migrate.errors import MigrateError, PostcopyPausedError
 
 
@@ -45,6 +46,7 @@ main.add_command(start)
 main.add_command(status)
 main.add_command(recover)
 main.add_command(switchover)
+main.add_command(tls)
 
 
 def run() -> None:
