@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import os
 import re
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
@@ -32,7 +33,7 @@ class StateDir:
         path: Where it is, or shall be.
 
     Raises:
-        ConfigError: it cannot be made, or another daemon uses it.
+        ConfigError: it cannot be made, others can enter it, or another daemon uses it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -42,6 +43,8 @@ class StateDir:
         try:
             for directory in (path, self.socket_dir, self._migrations):
                 directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if reason := why_not_private(path):
+                raise ConfigError(f"the state directory {reason}", remedy=f"chmod 700 {path}, as its owner")
             self._lock_fd = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise ConfigError(f"the state directory {path} cannot be used: {error.strerror}") from error
@@ -107,6 +110,19 @@ class StateDir:
             os.fsync(directory_fd)
         finally:
             os.close(directory_fd)
+
+
+def why_not_private(path: Path) -> str:
+    """Why a directory is not this user's alone; empty if it is. In it are tokens, and sockets that obey who calls.
+
+    Raises:
+        OSError: it cannot be looked at.
+    """
+    status = path.stat()
+    if status.st_uid != os.geteuid():
+        return f"{path} belongs to another user (uid {status.st_uid})"
+    mode = stat.S_IMODE(status.st_mode)
+    return f"{path} is open to others (its mode is {mode:04o})" if mode & 0o077 else ""
 
 
 def _read(path: Path) -> saved.SavedMigration:

@@ -29,6 +29,7 @@ from migrate.errors import (
     UffdUnavailableError,
 )
 from migrate.guest import protocol
+from migrate.guest.coredumps import forbid_core_dumps
 from migrate.guest.features import check_cpuid_supported
 from migrate.guest.layout import check_spec, layout_of, payload_params
 from migrate.native import uffd
@@ -499,6 +500,7 @@ def main() -> None:
         arguments.socket.unlink(missing_ok=True)
         os._exit(0)
 
+    forbid_core_dumps()
     with os.fdopen(arguments.ready_fd, "wb", buffering=0) as ready:
         try:
             if arguments.spec is not None:

@@ -5,8 +5,10 @@ Features are probed for, never inferred from kernel versions.
 
 import errno
 import fcntl
+import grp
 import os
 import platform
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +38,7 @@ _KVM_CAPABILITIES = {
 _MEMORY_FLOOR_BYTES = 512 << 20
 
 KVM_DEVICE = Path("/dev/kvm")
+UFFD_DEVICE = Path("/dev/userfaultfd")
 PROC = Path("/proc")
 
 
@@ -85,12 +88,15 @@ def probe_host() -> HostCapabilities:
             _check_platform(),
             _check_native(),
             *_check_kvm(),
+            _check_uffd_device(),
             _check_uffd("uffd-kernel-faults", user_mode_only=False, required_for=(KVM,)),
             _check_uffd("uffd-user-faults", user_mode_only=True, required_for=(PROCESS,)),
             _check_memfd(),
             _check_memory(),
             _check_seccomp(),
             _check_congestion_control(),
+            _check_user(),
+            _check_core_pattern(),
         )
     )
 
@@ -130,7 +136,9 @@ def _check_kvm() -> tuple[Check, ...]:
                 name="kvm-device",
                 ok=False,
                 detail=f"{KVM_DEVICE}: {exc.strerror}",
-                remedy=_kvm_remedy(exc.errno),
+                remedy=_device_remedy(KVM_DEVICE)
+                if exc.errno in {errno.EACCES, errno.EPERM}
+                else _kvm_remedy(exc.errno),
                 required_for=(KVM,),
             ),
         )
@@ -147,9 +155,37 @@ def _check_kvm() -> tuple[Check, ...]:
 def _kvm_remedy(errno_value: int | None) -> str:
     if errno_value == errno.ENOENT:
         return "load kvm_intel or kvm_amd, or turn on nested virtualisation; guests of kind process need no KVM"
-    if errno_value in {errno.EACCES, errno.EPERM}:
-        return "add this user to the group that owns /dev/kvm (usually kvm), or pass the device into the container"
     return "see the kernel log; guests of kind process need no KVM"
+
+
+def _device_remedy(device: Path) -> str:
+    """What gives this user a device that is there."""
+    try:
+        status = device.stat()
+        group = grp.getgrgid(status.st_gid).gr_name
+    except (OSError, KeyError):
+        group, is_for_group = "", False
+    else:
+        is_for_group = status.st_gid != 0 and bool(status.st_mode & stat.S_IWGRP)
+    if is_for_group:
+        return f"add this user to group {group}, which may use {device}"
+    return (
+        f"give {device} to a group by a udev rule (docs/examples/99-migrate.rules) and add this user to it, or pass "
+        "the device into the container"
+    )
+
+
+def _check_uffd_device() -> Check:
+    name = "uffd-device"
+    try:
+        os.close(os.open(UFFD_DEVICE, os.O_RDWR | os.O_CLOEXEC))
+    except FileNotFoundError:
+        detail = f"{UFFD_DEVICE} is not there; the system call decides"
+        return Check(name, ok=False, detail=detail, remedy="Linux 6.1 has it; CAP_SYS_PTRACE does without")
+    except OSError as exc:
+        remedy = _device_remedy(UFFD_DEVICE)
+        return Check(name, ok=False, detail=f"{UFFD_DEVICE}: {exc.strerror}", remedy=remedy)
+    return Check(name, ok=True, detail=f"{UFFD_DEVICE} can be opened: no capability is needed")
 
 
 def _check_kvm_version(fd: int) -> Check:
@@ -253,6 +289,28 @@ def _check_congestion_control() -> Check:
         ok=True,
         detail=algorithm,
         remedy="cubic moves pages faster than bbr on loopback and on short links" if slow else "",
+    )
+
+
+def _check_user() -> Check:
+    if os.geteuid():
+        return Check("user", ok=True, detail=f"uid {os.geteuid()}, not root")
+    return Check(
+        "user",
+        ok=False,
+        detail="root, which a daemon need not be",
+        remedy="run it as a user of its own, with access to the two devices: docs/examples/migrate.service",
+    )
+
+
+def _check_core_pattern() -> Check:
+    pattern = _read(PROC / "sys/kernel/core_pattern") or "unknown"
+    piped = pattern.startswith("|")
+    return Check(
+        name="core-pattern",
+        ok=True,
+        detail=f"core dumps go to the program {pattern[1:].split()[0]}" if piped and pattern[1:] else pattern,
+        remedy="guests leave none; of a daemon it would get one whatever its limit is" if piped else "",
     )
 
 

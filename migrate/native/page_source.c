@@ -36,6 +36,8 @@ int mig_page_source_create(int memfd, uint64_t pages, struct mig_page_source **r
         free(source);
         return -error;
     }
+    /* A dump of the daemon is no place for a guest's memory. */
+    (void)madvise(source->mapping, mig_page_offset(pages), MADV_DONTDUMP);
     *ret = source;
     return 0;
 }

@@ -13,6 +13,7 @@ from migrate.guest import probe
 from migrate.guest.probe import Check, HostCapabilities, probe_host
 from migrate.native import uffd
 from tests.harness.cli import json_of, run
+from tests.harness.tls_dirs import Certificates, valid_between
 
 KVM_MISSING = Check("kvm-device", ok=False, detail="absent", remedy="load kvm", required_for=("kvm",))
 NOTHING_WORKS = Check("memfd", ok=False, detail="refused", remedy="allow it", required_for=("kvm", "process"))
@@ -149,3 +150,106 @@ def test_kinds_are_those_without_obstacles(kind):
     host = HostCapabilities(checks=(KVM_MISSING,))
 
     assert (kind in host.guest_kinds) == (not host.obstacles(kind))
+
+
+# ---- what a daemon's user needs ----
+
+
+def named(name, checks=None):
+    return {check.name: check for check in checks or probe_host().checks}[name]
+
+
+def test_root_is_a_note(monkeypatch):
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    assert (named("user").ok, named("user").required_for) == (False, ())
+    assert "migrate.service" in named("user").remedy
+
+    monkeypatch.setattr(os, "geteuid", lambda: 990)
+    assert named("user").ok
+
+
+@pytest.mark.parametrize(
+    ("pattern", "detail", "has_remedy"),
+    [
+        ("core", "core", False),
+        ("|/usr/lib/systemd-coredump %P", "systemd-coredump", True),
+        ("", "unknown", False),
+    ],
+)
+def test_core_pattern(monkeypatch, tmp_path, pattern, detail, has_remedy):
+    (tmp_path / "sys/kernel").mkdir(parents=True)
+    (tmp_path / "sys/kernel/core_pattern").write_text(pattern + "\n")
+    monkeypatch.setattr(probe, "PROC", tmp_path)
+
+    check = named("core-pattern")
+
+    assert detail in check.detail
+    assert bool(check.remedy) == has_remedy
+
+
+def closed_device(monkeypatch, tmp_path, attribute):
+    device = tmp_path / "device"
+    device.touch()
+    monkeypatch.setattr(probe, attribute, device)
+    real = os.open
+
+    def refuse(path, *args, **kwargs):
+        if path == device:
+            raise PermissionError(13, "Permission denied")
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", refuse)
+    return device
+
+
+@pytest.mark.parametrize(("attribute", "name"), [("KVM_DEVICE", "kvm-device"), ("UFFD_DEVICE", "uffd-device")])
+def test_closed_device_says_how_to_open_it(monkeypatch, tmp_path, attribute, name):
+    device = closed_device(monkeypatch, tmp_path, attribute)
+    device.chmod(0o600)
+
+    check = named(name)
+
+    assert not check.ok
+    assert "99-migrate.rules" in check.remedy
+
+
+@pytest.mark.root
+def test_closed_device_names_the_group_that_has_it(monkeypatch, tmp_path):
+    device = closed_device(monkeypatch, tmp_path, "UFFD_DEVICE")
+    os.chown(device, 0, 65534)
+    device.chmod(0o660)
+
+    assert "add this user to group nogroup" in named("uffd-device").remedy
+
+
+def test_state_dir(tmp_path):
+    state = tmp_path / "state"
+    assert "the daemon makes it" in run("doctor", "--state-dir", str(state)).stdout
+    state.mkdir(mode=0o700)
+    assert run("doctor", "--state-dir", str(state)).exit_code == run("doctor").exit_code
+
+    state.chmod(0o755)
+    result = run("doctor", "--state-dir", str(state), "--json")
+
+    assert result.exit_code == 1
+    found = {check["name"]: check for check in json_of(result)["checks"]}["state-dir"]
+    assert (found["ok"], "open to others" in found["detail"]) == (False, True)
+    assert "chmod 700" in found["remedy"]
+
+
+def test_tls_dir(tmp_path):
+    certificates = Certificates(tmp_path / "ca")
+    good = certificates.host()
+    old = certificates.host("old", validity=valid_between(-100, 10))
+
+    def checks_of(directory):
+        found = json_of(run("doctor", "--tls-dir", str(directory), "--json"))["checks"]
+        return {check["name"]: check for check in found}
+
+    assert checks_of(good)["tls-dir"]["ok"]
+    assert checks_of(good)["tls-expiry"]["ok"]
+    assert not checks_of(old)["tls-expiry"]["ok"]
+    assert "takes no restart" in checks_of(old)["tls-expiry"]["remedy"]
+    (good / "key.pem").chmod(0o644)
+    assert not checks_of(good)["tls-dir"]["ok"]
+    assert run("doctor", "--tls-dir", str(good)).exit_code == 1

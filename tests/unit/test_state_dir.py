@@ -254,3 +254,26 @@ def test_many_saves_leave_one_file_and_no_descriptor(state):
         state.save(entry)
     assert len(os.listdir("/proc/self/fd")) == before
     assert [found.source.attempt for found in state.load()] == [49]
+
+
+@pytest.mark.parametrize("mode", [0o750, 0o701, 0o770, 0o755])
+def test_directory_that_others_can_enter_is_refused(tmp_path, mode):
+    path = tmp_path / "state"
+    path.mkdir()
+    path.chmod(mode)
+
+    with pytest.raises(ConfigError, match="is open to others") as caught:
+        StateDir(path)
+
+    assert f"{mode:04o}" in caught.value.message
+    assert "chmod 700" in caught.value.remedy
+
+
+@pytest.mark.root
+def test_directory_of_another_user_is_refused(tmp_path):
+    path = tmp_path / "state"
+    path.mkdir(mode=0o700)
+    os.chown(path, 65534, 65534)
+
+    with pytest.raises(ConfigError, match="belongs to another user"):
+        StateDir(path)
