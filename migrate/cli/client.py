@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 import grpc
 from google.protobuf.message import DecodeError
 
-from migrate.config import CONNECT_DEADLINE_S
+from migrate.cli.params import DaemonAt
+from migrate.config import CONNECT_DEADLINE_S, Endpoint
 from migrate.errors import (
     ChannelError,
     GuestHolder,
@@ -34,9 +35,14 @@ class CallFailedError(MigrateError):
 class Daemon:
     """The services of one daemon; every failure of a call is a MigrateError."""
 
-    address: str
+    at: DaemonAt
     guests: guest_service_pb2_grpc.GuestServiceStub
     migrations: migration_service_pb2_grpc.MigrationServiceStub
+
+    @property
+    def address(self) -> str:
+        """HOST:PORT."""
+        return self.at.address
 
     def call(
         self,
@@ -53,7 +59,7 @@ class Daemon:
         try:
             return method(request, timeout=deadline_s)
         except grpc.RpcError as exc:
-            raise translate(exc, self.address) from exc
+            raise translate(exc, self.at) from exc
 
     def first(self, method: Callable[..., Any], request: Any) -> Any:
         """Make a call with a stream of answers and take the first.
@@ -76,24 +82,22 @@ class Daemon:
         try:
             yield from responses
         except grpc.RpcError as exc:
-            raise translate(exc, self.address) from exc
+            raise translate(exc, self.at) from exc
         finally:
             responses.cancel()
 
 
 @contextmanager
-def connect(address: str) -> Iterator[Daemon]:
-    """Open a channel to the daemon at HOST:PORT; the first call connects, or fails if nobody answers there."""
-    options = (
-        # A proxy for the web has no business between an operator and a daemon.
-        ("grpc.enable_http_proxy", 0),
-        # Despite its name, this is also how long gRPC gives an attempt to connect.
-        ("grpc.min_reconnect_backoff_ms", int(CONNECT_DEADLINE_S * 1000)),
-    )
-    channel = grpc.insecure_channel(address, options=options)
+def connect(at: DaemonAt) -> Iterator[Daemon]:
+    """Open a channel to a daemon; the first call connects, or fails if nobody answers there.
+
+    Raises:
+        ConfigError: the TLS directory cannot be used.
+    """
+    channel = _channel(at)
     try:
         yield Daemon(
-            address=address,
+            at=at,
             guests=guest_service_pb2_grpc.GuestServiceStub(channel),
             migrations=migration_service_pb2_grpc.MigrationServiceStub(channel),
         )
@@ -107,13 +111,38 @@ def connect(address: str) -> Iterator[Daemon]:
         channel.close()
 
 
-def translate(exc: grpc.RpcError, address: str) -> MigrateError:
+def _channel(at: DaemonAt) -> grpc.Channel:
+    options = (
+        # A proxy for the web has no business between an operator and a daemon.
+        ("grpc.enable_http_proxy", 0),
+        # Despite its name, this is also how long gRPC gives an attempt to connect.
+        ("grpc.min_reconnect_backoff_ms", int(CONNECT_DEADLINE_S * 1000)),
+    )
+    if at.tls_dir is None:
+        return grpc.insecure_channel(at.address, options=options)
+    # cryptography takes a while to load, and only TLS needs it.
+    from migrate.credentials import channel_credentials  # noqa: PLC0415
+    from migrate.tls import read_tls_dir  # noqa: PLC0415
+
+    return grpc.secure_channel(at.address, channel_credentials(read_tls_dir(at.tls_dir)), options=options)
+
+
+def translate(exc: grpc.RpcError, at: DaemonAt) -> MigrateError:
     """The error that a failed call stands for."""
+    address = at.address
     info = _error_info(exc)
     code = exc.code() if isinstance(exc, grpc.Call) else grpc.StatusCode.UNKNOWN
     if info is not None:
         return error_from_info(info)
     if code is grpc.StatusCode.UNAVAILABLE:
+        # gRPC does not tell why a handshake failed.
+        from migrate.handshake import why_refused  # noqa: PLC0415
+
+        if reason := why_refused(Endpoint.parse(address), at.tls_dir):
+            return ChannelError(
+                f"the daemon at {address} cannot be talked to: {reason}",
+                remedy="name a TLS directory that fits with --tls-dir or MIGRATE_TLS_DIR",
+            )
         return ChannelError(
             f"no daemon answers at {address}",
             remedy=f"start one there with `migrate daemon --listen {address}`, or name another with --daemon or "

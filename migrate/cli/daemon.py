@@ -20,6 +20,11 @@ from migrate.config import DaemonConfig, Endpoint
 )
 @click.option("--advertise", type=ENDPOINT, help="What peers are told instead of --listen.")
 @click.option("--advertise-pages", type=ENDPOINT, help="What peers are told instead of --page-listen.")
+@click.option(
+    "--tls-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Certificate, key, and whom to trust, as `migrate tls issue` makes it.",
+)
 @click.option("--insecure", is_flag=True, help="Allow addresses that are not loopback, without TLS.")
 @click.option("--ready-fd", type=click.IntRange(0), hidden=True, help="Write the addresses here once they serve.")
 def daemon(
@@ -28,16 +33,19 @@ def daemon(
     state_dir: Path | None,
     advertise: str | None,
     advertise_pages: str | None,
+    tls_dir: Path | None,
     insecure: bool,
     ready_fd: int | None,
 ) -> None:
     """Run a daemon: it owns the guests of this host and moves them."""
+    if insecure and tls_dir is not None:
+        raise click.UsageError("give either --tls-dir or --insecure")
     for option, endpoint in (("--listen", listen), ("--page-listen", page_listen)):
-        if endpoint is not None and not insecure and not Endpoint.parse(endpoint).is_loopback:
+        if endpoint is not None and tls_dir is None and not insecure and not Endpoint.parse(endpoint).is_loopback:
             raise click.UsageError(
                 f"{option} {endpoint} is not loopback: whoever reaches that port could read guest memory and run "
-                "guests, for nothing is encrypted and nobody is asked who they are. Give --insecure if the network "
-                "is yours alone."
+                "guests, for nothing is encrypted and nobody is asked who they are. Give --tls-dir, as `migrate tls` "
+                "makes it, or --insecure if the network is yours alone."
             )
     # The C extension and the servers load only where a daemon runs.
     from migrate.daemon.main import run_daemon  # noqa: PLC0415
@@ -49,6 +57,7 @@ def daemon(
             state_dir=state_dir,
             advertise=advertise,
             advertise_pages=advertise_pages,
+            tls_dir=tls_dir,
             ready_fd=ready_fd,
         )
     )

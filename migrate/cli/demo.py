@@ -17,6 +17,7 @@ from migrate.cli.local_daemon import GuestProcesses, LocalDaemon
 from migrate.cli.migration import EXIT_INTERRUPTED, finish, follow
 from migrate.cli.params import (
     GUEST_NAME,
+    DaemonAt,
     GuestOptions,
     MigrationOptions,
     guest_options,
@@ -105,8 +106,8 @@ def _run(name: str, options: _DemoOptions) -> types_pb2.Migration:
         stack.callback(_stop_all, daemons, processes)
         for daemon in daemons:
             daemon.start()
-        source = stack.enter_context(connect(daemons[0].address))
-        destination = stack.enter_context(connect(daemons[1].address))
+        source = stack.enter_context(connect(DaemonAt(daemons[0].address)))
+        destination = stack.enter_context(connect(DaemonAt(daemons[1].address)))
         try:
             with progress_reporter() as reporter:
                 return _migrate(source, destination, guest_spec(name, options), options, reporter, processes)
@@ -188,7 +189,7 @@ def _stop_all(daemons: list[LocalDaemon], processes: GuestProcesses) -> None:
 
 def _delete_guests(daemon: LocalDaemon, processes: GuestProcesses) -> None:
     try:
-        with connect(daemon.address) as remote:
+        with connect(DaemonAt(daemon.address)) as remote:
             guests = remote.call(remote.guests.ListGuests, guest_service_pb2.ListGuestsRequest()).guests
             for guest in guests:
                 processes.add(guest.pid)

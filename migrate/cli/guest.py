@@ -5,7 +5,7 @@ from typing import Unpack
 import click
 
 from migrate.cli.client import AUDIT_DEADLINE_S, connect
-from migrate.cli.params import GUEST_NAME, GuestOptions, daemon_option, guest_options, guest_spec, json_option
+from migrate.cli.params import GUEST_NAME, DaemonAt, GuestOptions, daemon_option, guest_options, guest_spec, json_option
 from migrate.cli.render import (
     guest_detail,
     guest_json,
@@ -30,7 +30,7 @@ def guest() -> None:
 @_name_argument
 @guest_options(kind="kvm", memory="1GiB", vcpus=1)
 @daemon_option
-def create(name: str, daemon: str, **options: Unpack[GuestOptions]) -> None:
+def create(name: str, daemon: DaemonAt, **options: Unpack[GuestOptions]) -> None:
     """Create guest NAME and let it run.
 
     The guest runs a memory workload that checks itself and times its own stalls.
@@ -44,7 +44,7 @@ def create(name: str, daemon: str, **options: Unpack[GuestOptions]) -> None:
 @guest.command("list")
 @daemon_option
 @json_option
-def list_guests(daemon: str, as_json: bool) -> None:
+def list_guests(daemon: DaemonAt, as_json: bool) -> None:
     """List the guests of a daemon, by name."""
     with connect(daemon) as remote:
         guests = remote.call(remote.guests.ListGuests, guest_service_pb2.ListGuestsRequest()).guests
@@ -58,7 +58,7 @@ def list_guests(daemon: str, as_json: bool) -> None:
 @_name_argument
 @daemon_option
 @json_option
-def show(name: str, daemon: str, as_json: bool) -> None:
+def show(name: str, daemon: DaemonAt, as_json: bool) -> None:
     """Show guest NAME."""
     with connect(daemon) as remote:
         found = remote.call(remote.guests.GetGuest, guest_service_pb2.GetGuestRequest(name=name)).guest
@@ -73,7 +73,7 @@ def show(name: str, daemon: str, as_json: bool) -> None:
 @click.option("--audit", is_flag=True, help="Have the guest compare every page of its working set first.")
 @daemon_option
 @json_option
-def stats(name: str, audit: bool, daemon: str, as_json: bool) -> None:
+def stats(name: str, audit: bool, daemon: DaemonAt, as_json: bool) -> None:
     """Show what guest NAME has counted and timed."""
     with connect(daemon) as remote:
         if audit:
@@ -91,7 +91,7 @@ def stats(name: str, audit: bool, daemon: str, as_json: bool) -> None:
 @guest.command()
 @_name_argument
 @daemon_option
-def pause(name: str, daemon: str) -> None:
+def pause(name: str, daemon: DaemonAt) -> None:
     """Pause the vCPUs of guest NAME."""
     with connect(daemon) as remote:
         remote.call(remote.guests.PauseGuest, guest_service_pb2.PauseGuestRequest(name=name))
@@ -101,7 +101,7 @@ def pause(name: str, daemon: str) -> None:
 @guest.command()
 @_name_argument
 @daemon_option
-def resume(name: str, daemon: str) -> None:
+def resume(name: str, daemon: DaemonAt) -> None:
     """Let the vCPUs of guest NAME run again."""
     with connect(daemon) as remote:
         remote.call(remote.guests.ResumeGuest, guest_service_pb2.ResumeGuestRequest(name=name))
@@ -111,7 +111,7 @@ def resume(name: str, daemon: str) -> None:
 @guest.command()
 @_name_argument
 @daemon_option
-def delete(name: str, daemon: str) -> None:
+def delete(name: str, daemon: DaemonAt) -> None:
     """End guest NAME and free its RAM."""
     with connect(daemon) as remote:
         remote.call(remote.guests.DeleteGuest, guest_service_pb2.DeleteGuestRequest(name=name))

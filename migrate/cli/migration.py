@@ -12,6 +12,7 @@ from migrate.cli.client import CallFailedError, Daemon, connect, error_from_info
 from migrate.cli.params import (
     ENDPOINT,
     GUEST_NAME,
+    DaemonAt,
     MigrationOptions,
     daemon_option,
     json_option,
@@ -55,7 +56,9 @@ _SETTLED = {
 @click.option("--detach", is_flag=True, help="Print the migration's id and return at once.")
 @daemon_option
 @json_option
-def start(name: str, to: str, detach: bool, daemon: str, as_json: bool, **options: Unpack[MigrationOptions]) -> None:
+def start(
+    name: str, to: str, detach: bool, daemon: DaemonAt, as_json: bool, **options: Unpack[MigrationOptions]
+) -> None:
     """Move guest NAME to another daemon's host, and follow it until it is there.
 
     Interrupting this command does not interrupt the migration.
@@ -88,7 +91,7 @@ def start(name: str, to: str, detach: bool, daemon: str, as_json: bool, **option
 @click.argument("migration", required=False)
 @daemon_option
 @json_option
-def status(migration: str | None, daemon: str, as_json: bool) -> None:
+def status(migration: str | None, daemon: DaemonAt, as_json: bool) -> None:
     """Show MIGRATION, or the daemon's latest one.
 
     Exits with 0 if the migration could be read, whatever became of it.
@@ -108,7 +111,7 @@ def status(migration: str | None, daemon: str, as_json: bool) -> None:
 @click.command()
 @click.argument("migration", required=False)
 @daemon_option
-def switchover(migration: str | None, daemon: str) -> None:
+def switchover(migration: str | None, daemon: DaemonAt) -> None:
     """Have MIGRATION, or the daemon's latest one, switch over now: what is missing follows by postcopy."""
     with connect(daemon) as remote:
         migration_id = migration or _latest(remote).migration_id
@@ -120,7 +123,7 @@ def switchover(migration: str | None, daemon: str) -> None:
 @click.argument("migration", required=False)
 @daemon_option
 @json_option
-def cancel(migration: str | None, daemon: str, as_json: bool) -> None:
+def cancel(migration: str | None, daemon: DaemonAt, as_json: bool) -> None:
     """Give up MIGRATION, or the daemon's latest one: the guest runs on at the source, the destination keeps nothing.
 
     Possible until the vCPUs are told to stop for the switchover.
@@ -140,7 +143,7 @@ def cancel(migration: str | None, daemon: str, as_json: bool) -> None:
 @click.option("--to", type=ENDPOINT, help="Control address of the other daemon, if it is another one now.")
 @daemon_option
 @json_option
-def recover(migration: str | None, to: str | None, daemon: str, as_json: bool) -> None:
+def recover(migration: str | None, to: str | None, daemon: DaemonAt, as_json: bool) -> None:
     """Have the pages of MIGRATION, or of the daemon's latest one, flow again now.
 
     Both daemons try by themselves all the time, with pauses; this is for impatience, and for a peer that has come back
@@ -161,7 +164,7 @@ def recover(migration: str | None, to: str | None, daemon: str, as_json: bool) -
 @click.command("list")
 @daemon_option
 @json_option
-def list_migrations(daemon: str, as_json: bool) -> None:
+def list_migrations(daemon: DaemonAt, as_json: bool) -> None:
     """List the migrations that a daemon knows of, in order of their start."""
     with connect(daemon) as remote:
         migrations = _list(remote)

@@ -1,7 +1,10 @@
 """Option types and option sets that several commands share. A value that makes no sense is a usage error."""
 
+import functools
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypedDict, TypeVar, cast
 
 import click
@@ -86,7 +89,21 @@ RAM_SIZE = _Parsed("SIZE", _ram_bytes)
 DURATION = _Parsed("DURATION", parse_duration_us)
 RATE = _Parsed("RATE", parse_rate_bytes_per_s)
 
-daemon_option = click.option(
+
+@dataclass(frozen=True, slots=True)
+class DaemonAt:
+    """Which daemon to talk to, and how.
+
+    Attributes:
+        address: HOST:PORT.
+        tls_dir: Our certificate, key, and whom we trust; None talks in plaintext.
+    """
+
+    address: str
+    tls_dir: Path | None = None
+
+
+_daemon_address = click.option(
     "--daemon",
     type=ENDPOINT,
     envvar="MIGRATE_DAEMON",
@@ -95,6 +112,25 @@ daemon_option = click.option(
     show_envvar=True,
     help="The daemon to talk to.",
 )
+_tls_dir = click.option(
+    "--tls-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    envvar="MIGRATE_TLS_DIR",
+    show_envvar=True,
+    help="Certificate, key, and whom to trust, for a daemon that has a --tls-dir.",
+)
+
+
+def daemon_option(command: _Command) -> _Command:
+    """Options that say which daemon to talk to; the command gets them as `daemon`, a DaemonAt."""
+
+    @functools.wraps(command)
+    def with_daemon(*args: Any, daemon: str, tls_dir: Path | None, **kwargs: Any) -> Any:
+        return command(*args, daemon=DaemonAt(daemon, tls_dir), **kwargs)
+
+    return cast("_Command", _daemon_address(_tls_dir(with_daemon)))
+
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 

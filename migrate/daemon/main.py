@@ -1,5 +1,6 @@
 """One daemon process: servers up, wait for a signal, leave nothing behind."""
 
+import functools
 import json
 import logging
 import os
@@ -16,16 +17,21 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from migrate.config import DaemonConfig, Endpoint
+from migrate.daemon.access import Access, AccessInterceptor
 from migrate.daemon.guests import GuestRegistry
 from migrate.daemon.migrations import MigrationRegistry
+from migrate.daemon.peer import GrpcPeer
 from migrate.daemon.services import GuestServicer, MigrationServicer, TransferServicer
 from migrate.daemon.state_dir import StateDir
 from migrate.daemon.status import ErrorInterceptor
+from migrate.daemon.tls import DaemonTls
 from migrate.errors import ConfigError
 from migrate.native.exports import Exports
 from migrate.native.pageserver import PageServer
+from migrate.pager.fetcher import make_fetcher
 from migrate.pageserver.servicer import PageServicer
 from migrate.telemetry.clock import Clock
+from migrate.tls import describe
 from migrate.v1 import (
     guest_service_pb2,
     guest_service_pb2_grpc,
@@ -60,23 +66,31 @@ class Daemon:
         config: Its settings.
 
     Raises:
-        ConfigError: an address cannot be listened on.
+        ConfigError: an address cannot be listened on, or the TLS directory or the state directory cannot be used.
     """
 
     def __init__(self, config: DaemonConfig) -> None:
         listen = Endpoint.parse(config.listen)
         page_listen = Endpoint.parse(config.page_listen) if config.page_listen else Endpoint(listen.host, 0)
+        self._tls = DaemonTls(config.tls_dir) if config.tls_dir is not None else None
         self._is_mortal = config.state_dir is None
         self._state = StateDir(config.state_dir or Path(tempfile.mkdtemp(prefix="migrate-")))
         self.stopping = threading.Event()
         self._exports = Exports()
         self._guests = GuestRegistry(self._state.socket_dir)
-        self._migrations = MigrationRegistry(self._guests, self._exports, Clock(), self._state)
+        self._migrations = MigrationRegistry(
+            self._guests,
+            self._exports,
+            Clock(),
+            self._state,
+            peer_of=functools.partial(GrpcPeer, tls=None if self._tls is None else self._tls.files),
+            fetcher_of=make_fetcher if self._tls is None else self._tls.make_fetcher,
+        )
         self._health = health.HealthServicer()
         self._control = self._build_control_server()
         try:
-            self.control_endpoint = _bind(self._control, listen)
-            self._pages = PageServer(page_listen, self._exports)
+            self.control_endpoint = _bind(self._control, listen, self._tls)
+            self._pages = PageServer(page_listen, self._exports, None if self._tls is None else self._tls.native)
         except ConfigError:
             self._leave_state()
             raise
@@ -112,15 +126,30 @@ class Daemon:
             return
         self._migrations.close()
         self._pages.close()
+        if self._tls is not None:
+            self._tls.close()
         # A call that waits for its guest ends with the guest, so the guests go first.
         self._guests.close()
         control_stopped.wait()
         self._leave_state()
 
+    def describe_tls(self) -> str:
+        """What it presents to those who call, in words for the log."""
+        return ", in plaintext" if self._tls is None else f", as {describe(self._tls.files.current().identity)}"
+
     def _build_control_server(self) -> grpc.Server:
+        interceptors: list[grpc.ServerInterceptor] = [ErrorInterceptor()]
+        check_reader = None
+        if self._tls is not None:
+            access = Access(self._tls.files)
+            interceptors.append(AccessInterceptor(access))
+
+            def check_reader(migration_id: str, context: grpc.ServicerContext) -> None:
+                access.check_reader(migration_id, self._migrations.reader_host(migration_id), context)
+
         server = grpc.server(
             futures.ThreadPoolExecutor(_CONTROL_THREADS, "control"),
-            interceptors=[ErrorInterceptor()],
+            interceptors=interceptors,
             options=_SERVER_OPTIONS,
         )
         guest_service_pb2_grpc.add_GuestServiceServicer_to_server(GuestServicer(self._guests, self.stopping), server)
@@ -128,7 +157,7 @@ class Daemon:
             MigrationServicer(self._migrations, self.stopping), server
         )
         transfer_service_pb2_grpc.add_TransferServiceServicer_to_server(TransferServicer(self._migrations), server)
-        page_service_pb2_grpc.add_PageServiceServicer_to_server(PageServicer(self._exports), server)
+        page_service_pb2_grpc.add_PageServiceServicer_to_server(PageServicer(self._exports, check_reader), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection((*_SERVICE_NAMES, reflection.SERVICE_NAME), server)
         return server
@@ -154,7 +183,7 @@ def run_daemon(config: DaemonConfig) -> None:
     """Run a daemon until SIGTERM or SIGINT. Does not return if guests outlive it.
 
     Raises:
-        ConfigError: an address cannot be listened on, or the state directory is in use.
+        ConfigError: an address cannot be listened on, or a directory cannot be used.
         StateDirError: what is in it cannot be read.
     """
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -168,7 +197,7 @@ def run_daemon(config: DaemonConfig) -> None:
         signal.signal(number, lambda *_: None)
     try:
         daemon.start()
-        _log.info("control at %s, pages at %s", daemon.control_endpoint, daemon.page_endpoint)
+        _log.info("control at %s, pages at %s%s", daemon.control_endpoint, daemon.page_endpoint, daemon.describe_tls())
         if config.ready_fd is not None:
             _tell_ready(config.ready_fd, daemon)
         os.read(wake_read, 1)
@@ -186,9 +215,12 @@ def _tell_ready(ready_fd: int, daemon: Daemon) -> None:
         stream.write(line + "\n")
 
 
-def _bind(server: grpc.Server, endpoint: Endpoint) -> Endpoint:
+def _bind(server: grpc.Server, endpoint: Endpoint, tls: DaemonTls | None) -> Endpoint:
     try:
-        port = server.add_insecure_port(str(endpoint))
+        if tls is None:
+            port = server.add_insecure_port(str(endpoint))
+        else:
+            port = server.add_secure_port(str(endpoint), tls.server_credentials())
     except RuntimeError as error:
         raise ConfigError(f"cannot listen on {endpoint}", remedy="choose a free port of this host") from error
     return Endpoint(endpoint.host, port)

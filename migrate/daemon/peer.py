@@ -1,13 +1,17 @@
 """The other daemon's TransferService, over gRPC: what sessions know as PeerPort."""
 
+import threading
 from collections.abc import Callable
 from typing import TypeVar
 
 import grpc
 
 from migrate.config import Endpoint
+from migrate.credentials import channel_credentials
 from migrate.daemon.status import received_error
-from migrate.errors import ChannelError
+from migrate.errors import ChannelError, PeerUnreachableError
+from migrate.handshake import why_refused
+from migrate.tls import TlsFiles, TlsMaterial
 from migrate.v1 import transfer_service_pb2 as transfer
 from migrate.v1 import transfer_service_pb2_grpc as rpc
 from migrate.v1 import types_pb2 as types
@@ -17,6 +21,8 @@ _Response = TypeVar("_Response")
 
 _PREPARE_S = 30.0
 _SWITCHOVER_S = 60.0
+# How gRPC says that somebody is there, but no connection came about.
+_HANDSHAKE_WORDS = ("handshake failed", "Hostname Verification Check failed", "Socket closed", "SETTINGS frame")
 
 
 class GrpcPeer:
@@ -26,55 +32,110 @@ class GrpcPeer:
         endpoint: Where it listens.
         role: "source" or "destination", for error messages.
         timeout_s: A daemon that gives no sign of life for so long is lost.
+        tls: Our certificate, and whom we trust; None connects in plaintext.
     """
 
-    def __init__(self, endpoint: Endpoint, role: str, timeout_s: float) -> None:
+    def __init__(self, endpoint: Endpoint, role: str, timeout_s: float, tls: TlsFiles | None = None) -> None:
         self._name = f"the {role} daemon at {endpoint}"
+        self._endpoint = endpoint
         self._timeout_s = timeout_s
-        self._channel = grpc.insecure_channel(str(endpoint), options=_options(timeout_s))
-        self._stub = rpc.TransferServiceStub(self._channel)
+        self._tls = tls
+        self._presented: TlsMaterial | None = None
+        self._channels: list[grpc.Channel] = []
+        self._is_closed = False
+        self._lock = threading.Lock()
+        self._stub: rpc.TransferServiceStub | None = None
 
     def prepare(self, request: transfer.PrepareRequest) -> transfer.PrepareResponse:
         """Build the empty twin."""
-        return self._call(self._stub.Prepare, request, _PREPARE_S)
+        return self._call(lambda stub: stub.Prepare, request, _PREPARE_S, is_first=True)
 
     def switch_over(self, request: transfer.SwitchoverRequest) -> transfer.SwitchoverResponse:
         """Hand over the state; returns when the guest runs there."""
-        return self._call(self._stub.Switchover, request, _SWITCHOVER_S)
+        return self._call(lambda stub: stub.Switchover, request, _SWITCHOVER_S)
 
     def invalidate(self, request: transfer.InvalidateRequest) -> None:
         """Say which pages are stale."""
-        self._call(self._stub.Invalidate, request, self._timeout_s)
+        self._call(lambda stub: stub.Invalidate, request, self._timeout_s)
 
     def get_incoming(self, migration_id: str, await_complete_us: int = 0) -> types.Migration:
         """The migration as the destination sees it, at once, or when no page is missing or the time is over."""
         request = transfer.GetIncomingRequest(migration_id=migration_id, await_complete_us=await_complete_us)
-        return self._call(self._stub.GetIncoming, request, self._timeout_s + await_complete_us / 1_000_000).migration
+        return self._call(
+            lambda stub: stub.GetIncoming, request, self._timeout_s + await_complete_us / 1_000_000
+        ).migration
 
     def complete(self, request: transfer.CompleteRequest) -> None:
         """END."""
-        self._call(self._stub.Complete, request, self._timeout_s)
+        self._call(lambda stub: stub.Complete, request, self._timeout_s)
 
     def abort(self, migration_id: str, reason: str, attempt: int) -> None:
         """Undo Prepare; returns only if this attempt and those before it never ran there and never will."""
         request = transfer.AbortRequest(migration_id=migration_id, reason=reason, attempt=attempt)
-        self._call(self._stub.Abort, request, _PREPARE_S)
+        self._call(lambda stub: stub.Abort, request, _PREPARE_S)
 
     def resume_migration(self, request: transfer.ResumeMigrationRequest) -> transfer.ResumeMigrationResponse:
         """Say where we are now, and hear how far the other side is."""
-        return self._call(self._stub.ResumeMigration, request, self._timeout_s)
+        return self._call(lambda stub: stub.ResumeMigration, request, self._timeout_s)
 
     def close(self) -> None:
         """Close the connection."""
-        self._channel.close()
+        with self._lock:
+            self._is_closed = True
+        for channel in self._channels:
+            channel.close()
 
-    def _call(self, method: Callable[..., _Response], request: _Request, timeout_s: float) -> _Response:
+    def _call(
+        self,
+        method_of: Callable[[rpc.TransferServiceStub], Callable[..., _Response]],
+        request: _Request,
+        timeout_s: float,
+        *,
+        is_first: bool = False,
+    ) -> _Response:
         try:
-            return method(request, timeout=timeout_s)
+            return method_of(self._connected())(request, timeout=timeout_s)
         except grpc.RpcError as error:
-            raise received_error(error, self._name) from error
+            received = received_error(error, self._name)
+            if isinstance(received, PeerUnreachableError) and (reason := self._why_refused(received, is_first)):
+                raise PeerUnreachableError(
+                    f"{self._name} cannot be talked to: {reason}",
+                    remedy="`migrate tls show` says what is in a certificate",
+                ) from error
+            raise received from error
         except ValueError as error:  # of a channel that was closed before the call was made
             raise ChannelError(f"{self._name} listens elsewhere now") from error
+
+    def _connected(self) -> rpc.TransferServiceStub:
+        """The service, by the certificate of now: a channel keeps the one that it was made with.
+
+        Calls may be under way on the channel of before, so that it is closed with us.
+
+        Raises:
+            ConfigError: the TLS files trust nobody.
+            ValueError: we are closed.
+        """
+        material = None if self._tls is None else self._tls.current()
+        with self._lock:
+            if self._is_closed:
+                raise ValueError("closed")
+            if self._stub is None or material is not self._presented:
+                self._channels.append(_channel(self._endpoint, self._timeout_s, material))
+                self._presented = material
+                self._stub = rpc.TransferServiceStub(self._channels[-1])
+            return self._stub
+
+    def _why_refused(self, error: PeerUnreachableError, is_first: bool) -> str:
+        """The reason, if it is TLS. To look costs a connection: peers in plaintext are spared it after Prepare."""
+        if not any(words in error.message for words in _HANDSHAKE_WORDS) or (self._tls is None and not is_first):
+            return ""
+        return why_refused(self._endpoint, None if self._tls is None else self._tls.path)
+
+
+def _channel(endpoint: Endpoint, timeout_s: float, material: TlsMaterial | None) -> grpc.Channel:
+    if material is None:
+        return grpc.insecure_channel(str(endpoint), options=_options(timeout_s))
+    return grpc.secure_channel(str(endpoint), channel_credentials(material), options=_options(timeout_s))
 
 
 def _options(timeout_s: float) -> tuple[tuple[str, int], ...]:

@@ -132,6 +132,16 @@ static int no_passphrase(char *buffer, int buffer_bytes, int is_write, void *use
     return -1;
 }
 
+/* OpenSSL has odd words for what is no key, and for one that we do not ask a passphrase for. */
+static const char *flaw_of_key(void)
+{
+    const unsigned long error = ERR_peek_error();
+
+    if (ERR_GET_REASON(error) == ERR_R_INTERRUPTED_OR_CANCELLED)
+        return "the key must have no passphrase";
+    return ERR_GET_LIB(error) == ERR_LIB_OSSL_DECODER ? "not a private key in PEM" : mig_tls_first_error();
+}
+
 static int load_files(SSL_CTX *context, const struct mig_tls *tls, const struct report *report)
 {
     ERR_clear_error();
@@ -146,7 +156,7 @@ static int load_files(SSL_CTX *context, const struct mig_tls *tls, const struct 
         return refuse(report, "%s: certificate is not yet valid", tls->cert_path);
     /* Loading the key compares it with the certificate. */
     if (!SSL_CTX_use_PrivateKey_file(context, tls->key_path, SSL_FILETYPE_PEM) || !SSL_CTX_check_private_key(context))
-        return refuse(report, "%s: %s", tls->key_path, mig_tls_first_error());
+        return refuse(report, "%s: %s", tls->key_path, flaw_of_key());
     return 0;
 }
 

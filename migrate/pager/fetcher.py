@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import grpc
+
 from migrate.config import CONNECT_DEADLINE_S, Endpoint
 from migrate.errors import ChannelError, ConfigError, MigrateError, PeerNotTrustedError
 from migrate.native.compression import Compression
@@ -170,7 +172,12 @@ class NativeFetcher:
 
 
 def make_fetcher(
-    transport: int, terms: FetchTerms, clock: Clock, on_failure: Callable[[MigrateError], None]
+    transport: int,
+    terms: FetchTerms,
+    clock: Clock,
+    on_failure: Callable[[MigrateError], None],
+    *,
+    credentials: grpc.ChannelCredentials | None = None,
 ) -> Fetcher:
     """The fetcher of a transport.
 
@@ -179,6 +186,7 @@ def make_fetcher(
         terms: What to fetch.
         clock: Times the pacing of the grpcio transport.
         on_failure: Told, once, the error that made pages stop coming.
+        credentials: TLS of the grpcio transport; None connects in plaintext.
 
     Raises:
         ConfigError: the transport cannot do what the terms ask for.
@@ -195,6 +203,7 @@ def make_fetcher(
             peer_timeout_us=terms.peer_timeout_us,
             clock=clock,
             on_failure=on_failure,
+            credentials=credentials,
         )
     return NativeFetcher(terms, on_failure)
 

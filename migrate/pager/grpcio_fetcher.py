@@ -50,6 +50,14 @@ def _channel_options(peer_timeout_us: int, answer_us: int) -> list[tuple[str, in
     ]
 
 
+def _channel(
+    endpoint: Endpoint, credentials: grpc.ChannelCredentials | None, options: list[tuple[str, int]]
+) -> grpc.Channel:
+    if credentials is None:
+        return grpc.insecure_channel(str(endpoint), options=options)
+    return grpc.secure_channel(str(endpoint), credentials, options=options)
+
+
 class GrpcioFetcher:
     """The page call of one incoming migration, with stock grpcio.
 
@@ -62,6 +70,7 @@ class GrpcioFetcher:
         peer_timeout_us: Within so long the loss of the source is known; 0 is PEER_TIMEOUT_US.
         clock: Times the pacing.
         on_failure: Told, once, the error that ended a stream before every page was placed.
+        credentials: For TLS; None connects in plaintext.
     """
 
     def __init__(
@@ -75,6 +84,7 @@ class GrpcioFetcher:
         peer_timeout_us: int = 0,
         clock: Clock,
         on_failure: Callable[[MigrateError], None],
+        credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
         self._endpoint = endpoint
         self._metadata = ((METADATA_MIGRATION_ID, migration_id), (METADATA_AUTHORIZATION, BEARER + token))
@@ -86,7 +96,7 @@ class GrpcioFetcher:
         self._connect_timeout_us = min(int(CONNECT_DEADLINE_S * 1_000_000), peer_timeout_us)
         # The background's answers may stand behind all that it has in flight.
         self._channels = [
-            grpc.insecure_channel(str(endpoint), options=_channel_options(peer_timeout_us, answer_us))
+            _channel(endpoint, credentials, _channel_options(peer_timeout_us, answer_us))
             for answer_us in (peer_timeout_us // 2, peer_timeout_us * 2)
         ]
         self._threads: list[threading.Thread] = []

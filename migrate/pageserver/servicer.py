@@ -1,6 +1,6 @@
 """PageService on grpcio: the reference that any other implementation is compared with."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import grpc
 
@@ -15,10 +15,18 @@ _ZERO = pb.ZeroPages()
 
 
 class PageServicer(rpc.PageServiceServicer):
-    """Answers requests in their order, from the exports that the caller has the token for."""
+    """Answers requests in their order, from the exports that the caller has the token for.
 
-    def __init__(self, exports: Exports) -> None:
+    Args:
+        exports: What is served.
+        check_reader: Raises if the caller, token or not, must not have the pages of that migration.
+    """
+
+    def __init__(
+        self, exports: Exports, check_reader: Callable[[str, grpc.ServicerContext], None] | None = None
+    ) -> None:
         self._exports = exports
+        self._check_reader = check_reader
 
     def FetchPages(  # noqa: N802 - the name is the proto's
         self, request_iterator: Iterator[pb.FetchPagesRequest], context: grpc.ServicerContext
@@ -32,6 +40,8 @@ class PageServicer(rpc.PageServiceServicer):
         migration_id, authorization = metadata.get(METADATA_MIGRATION_ID, ""), metadata.get(METADATA_AUTHORIZATION, "")
         buffer = RunBuffer(REQUEST_PAGES_MAX)
         with self._exports.find(migration_id, authorization) as export:
+            if self._check_reader is not None:
+                self._check_reader(migration_id, context)
             for request in request_iterator:
                 yield from self._answer(export, request, buffer)
 

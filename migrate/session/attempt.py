@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from migrate.barriers import Point, reach
-from migrate.config import PROTOCOL_VERSION
+from migrate.config import PROTOCOL_VERSION, Endpoint
 from migrate.errors import (
     AttemptLostError,
     ChannelError,
@@ -192,10 +192,18 @@ class Attempt:
         if self._source is None or self._is_published:
             return
         compression = Compression(self._saved.compression or types.PAGE_COMPRESSION_NONE)
-        self._out.exports.publish(self._id, self._saved.token, self._source, compression)
+        destination = Endpoint.parse(self._saved.to).host
+        self._out.exports.publish(self._id, self._saved.token, self._source, compression, destination)
         if generation is not None:
             self._out.exports.set_generation(self._id, generation)
         self._is_published = True
+
+    def publish_again(self) -> None:
+        """The destination has moved after the switchover: the pages are for whoever is there."""
+        if self._is_published:
+            self._out.exports.withdraw(self._id)
+            self._is_published = False
+            self.publish(generation=_LAST_GENERATION)
 
     def serve_again(self) -> None:
         """Serve the pages of a guest whose vCPUs had been told to stop before this daemon was started."""

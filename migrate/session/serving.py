@@ -6,6 +6,7 @@ come for them.
 
 import contextlib
 import threading
+from collections.abc import Callable
 
 from migrate.config import Endpoint
 from migrate.errors import GuestLostError, MigrateError, PostcopyPausedError, StateDirError
@@ -31,6 +32,7 @@ class DestinationLink:
         peer_of: Connects to it.
         clock: Times its silence.
         must_announce: Whether the destination may believe us elsewhere.
+        on_moved: Told that it is on another host now.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class DestinationLink:
         clock: Clock,
         *,
         must_announce: bool,
+        on_moved: Callable[[], None],
     ) -> None:
         self._ledger = ledger
         self._saved = ledger.entry.source
@@ -51,6 +54,7 @@ class DestinationLink:
         self._clock = clock
         self._timeout_us = self._saved.request.peer_timeout_us
         self._must_announce = must_announce
+        self._on_moved = on_moved
         self._heard_us = clock.now_us()
         self._offered: Endpoint | None = None
         self._turned_us: int | None = None
@@ -75,11 +79,14 @@ class DestinationLink:
         """It listens elsewhere now."""
         record = self._ledger.record
         with record.lock:
+            has_moved = Endpoint.parse(self._saved.to).host != destination.host
             self._saved.to = str(destination)
             before, self._peer = self._peer, self._connect()
             self._must_announce = True
             record.update(lambda migration: _note_peer(migration, str(destination)))
         before.close()
+        if has_moved:
+            self._on_moved()
         with contextlib.suppress(StateDirError):  # found out again, if need be
             self._ledger.save()
 

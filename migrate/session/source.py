@@ -127,7 +127,13 @@ class SourceSession:
             request.on_no_convergence or types.NO_CONVERGENCE_POSTCOPY,
         )
         self._link = DestinationLink(
-            self._ledger, control_endpoint, page_endpoint, peer_of, clock, must_announce=self._is_taken_up
+            self._ledger,
+            control_endpoint,
+            page_endpoint,
+            peer_of,
+            clock,
+            must_announce=self._is_taken_up,
+            on_moved=self._publish_again,
         )
         self._out: Outgoing | None = None
         if guest is not None:
@@ -405,6 +411,10 @@ class SourceSession:
                     downtime_us = self._clock.now_us() - paused_us
                     self.record.update(lambda migration: _note_downtime(migration, downtime_us))
                 self.record.on(Event.RUNNING)
+
+    def _publish_again(self) -> None:
+        if self._attempt is not None:
+            self._attempt.publish_again()
 
     def _serve_until_end(self) -> None:
         serving = self._serving = Serving(self._ledger, self._link, self._stopping)

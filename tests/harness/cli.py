@@ -9,7 +9,8 @@ from migrate.cli.main import main
 
 def run(*arguments, daemon=None, env=None):
     """Run `migrate` with arguments; stdout and stderr are kept apart."""
-    variables = {"MIGRATE_DAEMON": daemon.address if daemon else None, "NO_COLOR": "1", **(env or {})}
+    variables = {"MIGRATE_DAEMON": daemon.address if daemon else None, "MIGRATE_TLS_DIR": None, "NO_COLOR": "1"}
+    variables |= env or {}
     return CliRunner(env=variables).invoke(main, list(arguments), prog_name="migrate")
 
 

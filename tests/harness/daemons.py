@@ -9,6 +9,8 @@ import sys
 
 import grpc
 
+from migrate.credentials import channel_credentials
+from migrate.tls import read_tls_dir
 from migrate.v1 import guest_service_pb2 as guest
 from migrate.v1 import guest_service_pb2_grpc as guest_rpc
 from migrate.v1 import migration_service_pb2 as migration
@@ -33,10 +35,12 @@ DISTRIBUTIONS = {
 }
 
 
-def channel_to(address):
+def channel_to(address, tls_dir=None):
     # With a pool of its own, it does not inherit the back-off of a channel to a daemon that was killed there.
     options = [("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1)]
-    return grpc.insecure_channel(address, options=options)
+    if tls_dir is None:
+        return grpc.insecure_channel(address, options=options)
+    return grpc.secure_channel(address, channel_credentials(read_tls_dir(tls_dir)), options=options)
 
 
 class DaemonProcess:
@@ -51,6 +55,8 @@ class DaemonProcess:
         page_listen: HOST:PORT of its page calls.
         state_dir: Where its guests are found again. They outlive the daemon then, but not close().
         log: A file that takes what it, and its guests, say on stderr, instead of ours.
+        tls_dir: Its TLS directory.
+        operator: The TLS directory by which we call it.
     """
 
     def __init__(
@@ -64,11 +70,15 @@ class DaemonProcess:
         page_listen=None,
         state_dir=None,
         log=None,
+        tls_dir=None,
+        operator=None,
     ):
         self.state_dir = state_dir
         self.log = log
+        self.operator = operator
         self._command = [*prefix, sys.executable, "-m", "migrate", "daemon", *options]
         self._command += [] if state_dir is None else ["--state-dir", str(state_dir)]
+        self._command += [] if tls_dir is None else ["--tls-dir", str(tls_dir)]
         self._env = {**os.environ, **(env or {})}
         self._start(listen or f"{host}:0", page_listen)
 
@@ -93,7 +103,7 @@ class DaemonProcess:
         return self.address
 
     def connect(self, address):
-        self.channel = channel_to(address)
+        self.channel = channel_to(address, self.operator)
         self.guests = guest_rpc.GuestServiceStub(self.channel)
         self.migrations = migration_rpc.MigrationServiceStub(self.channel)
         self.transfer = transfer_rpc.TransferServiceStub(self.channel)

@@ -48,6 +48,7 @@ def test_daemon_refuses_open_networks_and_says_why(started, option, address):
 
     assert result.exit_code == 2
     assert "is not loopback" in result.stderr
+    assert "--tls-dir" in result.stderr
     assert "--insecure" in result.stderr
     assert not started
 
@@ -56,6 +57,17 @@ def test_daemon_insecure_listens_anywhere(started):
     assert run("daemon", "--listen", "0.0.0.0:7400", "--insecure").exit_code == 0
 
     assert started[0].listen == "0.0.0.0:7400"
+
+
+def test_daemon_with_tls_listens_anywhere(started, tmp_path):
+    assert run("daemon", "--listen", "0.0.0.0:7400", "--tls-dir", str(tmp_path)).exit_code == 0
+
+    assert started[0].tls_dir == tmp_path
+
+
+def test_daemon_is_either_secure_or_not(started, tmp_path):
+    assert run("daemon", "--insecure", "--tls-dir", str(tmp_path)).exit_code == 2
+    assert not started
 
 
 def test_daemon_bad_address_is_a_usage_error(started):

@@ -6,6 +6,7 @@ import grpc
 import pytest
 
 from migrate.cli import client
+from migrate.cli.params import DaemonAt
 from migrate.errors import ChannelError, GuestHolder
 from migrate.v1 import guest_service_pb2, types_pb2
 from tests.harness.cli import run
@@ -113,7 +114,7 @@ def test_silent_peer_ends_with_the_deadline(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"127.0.0.1:{silent.getsockname()[1]}"
 
-        with client.connect(address) as remote, pytest.raises(ChannelError, match="no daemon answers"):
+        with client.connect(DaemonAt(address)) as remote, pytest.raises(ChannelError, match="no daemon answers"):
             remote.call(remote.guests.ListGuests, guest_service_pb2.ListGuestsRequest())
 
 
@@ -144,7 +145,7 @@ def test_undecodable_error_info_falls_back_to_the_status():
 
     Failure.__abstractmethods__ = frozenset()
 
-    error = client.translate(Failure(), "127.0.0.1:1")
+    error = client.translate(Failure(), DaemonAt("127.0.0.1:1"))
 
     assert error.message == "the daemon at 127.0.0.1:1 answered INTERNAL: torn"
     assert error.holder is GuestHolder.UNSPECIFIED

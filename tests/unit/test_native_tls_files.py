@@ -71,7 +71,7 @@ def test_key_of_another_certificate_is_refused(authority, host):
 
 def test_key_with_a_passphrase_is_refused_without_asking_for_it(authority):
     locked = authority.issue("locked", password=b"secret")
-    with pytest.raises(ConfigError, match=str(locked.key)):
+    with pytest.raises(ConfigError, match=f"{locked.key}: the key must have no passphrase"):
         locked.native()
 
 

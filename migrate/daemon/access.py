@@ -1,0 +1,177 @@
+"""Who may make which call. With TLS, every call of every service is looked up here before anything else is done."""
+
+import functools
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import grpc
+
+from migrate.errors import MigrateError, PeerNotTrustedError, PermissionDeniedError
+from migrate.tls import Identity, Role, TlsFiles, identity_of_pem
+
+_log = logging.getLogger(__name__)
+
+_HOSTS = frozenset({Role.HOST})
+_OPERATORS = frozenset({Role.OPERATOR})
+_READERS = frozenset({Role.OPERATOR, Role.VIEWER})
+_ALL = frozenset(Role)
+
+# A call that does not stand here is nobody's. A host speaks for its guests' migrations, and operates nothing.
+CALLS: Mapping[str, frozenset[Role]] = {
+    "/migrate.v1.GuestService/CreateGuest": _OPERATORS,
+    "/migrate.v1.GuestService/ListGuests": _READERS,
+    "/migrate.v1.GuestService/GetGuest": _READERS,
+    "/migrate.v1.GuestService/PauseGuest": _OPERATORS,
+    "/migrate.v1.GuestService/ResumeGuest": _OPERATORS,
+    "/migrate.v1.GuestService/DeleteGuest": _OPERATORS,
+    # It makes the guest work.
+    "/migrate.v1.GuestService/AuditGuest": _OPERATORS,
+    "/migrate.v1.GuestService/WatchGuestStatistics": _READERS,
+    "/migrate.v1.MigrationService/StartMigration": _OPERATORS,
+    "/migrate.v1.MigrationService/GetMigration": _READERS,
+    "/migrate.v1.MigrationService/ListMigrations": _READERS,
+    "/migrate.v1.MigrationService/WatchMigration": _READERS,
+    "/migrate.v1.MigrationService/StartSwitchover": _OPERATORS,
+    "/migrate.v1.MigrationService/CancelMigration": _OPERATORS,
+    "/migrate.v1.MigrationService/RecoverMigration": _OPERATORS,
+    "/migrate.v1.TransferService/Prepare": _HOSTS,
+    "/migrate.v1.TransferService/Invalidate": _HOSTS,
+    "/migrate.v1.TransferService/Switchover": _HOSTS,
+    "/migrate.v1.TransferService/GetIncoming": _HOSTS,
+    "/migrate.v1.TransferService/Complete": _HOSTS,
+    "/migrate.v1.TransferService/Abort": _HOSTS,
+    "/migrate.v1.TransferService/ResumeMigration": _HOSTS,
+    "/migrate.v1.PageService/FetchPages": _HOSTS,
+    "/grpc.health.v1.Health/Check": _ALL,
+    "/grpc.health.v1.Health/List": _ALL,
+    "/grpc.health.v1.Health/Watch": _ALL,
+    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": _ALL,
+}
+
+_TLS_VERSION = b"TLSv1.3"
+_KINDS = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
+
+ReaderCheck = Callable[[str, grpc.ServicerContext], None]
+"""Raises if the caller must not have the pages of that migration."""
+
+
+class Access:
+    """Knows callers by their certificates. Thread-safe.
+
+    Args:
+        files: Whom this daemon trusts.
+    """
+
+    def __init__(self, files: TlsFiles) -> None:
+        self._files = files
+
+    def identify(self, context: grpc.ServicerContext) -> Identity:
+        """Who calls. The handshake has seen to it that a CA vouches for the certificate, and the caller has its key.
+
+        What may have changed since the handshake is looked at for every call.
+
+        Raises:
+            PeerNotTrustedError: nobody whom we know.
+        """
+        auth: Mapping[str, Any] = context.auth_context()
+        pems: Sequence[bytes] = auth.get("x509_pem_cert") or ()
+        if len(pems) != 1:
+            raise PeerNotTrustedError("the call came without a certificate")
+        versions = auth.get("ssl_tls_version") or (_TLS_VERSION,)
+        if list(versions) != [_TLS_VERSION]:
+            raise PeerNotTrustedError("the call came by an older TLS than 1.3")
+        try:
+            identity = identity_of_pem(pems[0])
+        except ValueError as error:
+            raise PeerNotTrustedError("the call came with a certificate that cannot be read") from error
+        if reason := identity.why_not_valid():
+            raise PeerNotTrustedError(reason, remedy="issue another, and call again")
+        if not self._files.current().accepts(identity.fingerprint):
+            raise PeerNotTrustedError(
+                f"the certificate of {identity.name!r} is not among the peers that are accepted here"
+            )
+        return identity
+
+    def check_call(self, method: str, context: grpc.ServicerContext) -> Identity:
+        """Let a call through, or not.
+
+        Args:
+            method: As gRPC has it, /PACKAGE.SERVICE/METHOD.
+            context: Of the call.
+
+        Raises:
+            PeerNotTrustedError: nobody whom we know makes it.
+            PermissionDeniedError: its role does not allow it.
+        """
+        identity = self.identify(context)
+        allowed = CALLS.get(method, frozenset())
+        if identity.role not in allowed:
+            role = identity.role.value if identity.role else "nobody in particular"
+            raise PermissionDeniedError(
+                f"{identity.name!r} is {role}, who may not call {method.lstrip('/')}",
+                remedy=f"that takes the role {' or '.join(sorted(r.value for r in allowed))}" if allowed else "",
+            )
+        return identity
+
+    def check_reader(self, migration_id: str, host: str, context: grpc.ServicerContext) -> None:
+        """Let the caller have the pages of a migration that goes to a host, or not.
+
+        Raises:
+            PeerNotTrustedError: nobody whom we know.
+            PermissionDeniedError: another host.
+        """
+        identity = self.identify(context)
+        if not identity.is_valid_for(host):
+            raise PermissionDeniedError(
+                f"migration {migration_id!r} goes to {host}: the certificate of {identity.name!r} is not valid for that"
+            )
+
+
+class AccessInterceptor(grpc.ServerInterceptor):
+    """Asks Access before every call of every service; stands within ErrorInterceptor, which answers refusals."""
+
+    def __init__(self, access: Access) -> None:
+        self._access = access
+
+    def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], "grpc.RpcMethodHandler[Any, Any] | None"],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> "grpc.RpcMethodHandler[Any, Any] | None":
+        """Wrap one method of any service."""
+        handler: Any = continuation(handler_call_details)
+        if handler is None:
+            return None
+        method = handler_call_details.method
+        for kind in _KINDS:
+            behaviour = getattr(handler, kind)
+            if behaviour is not None:
+                guard = self._guarded_stream if kind.endswith("_stream") else self._guarded
+                return handler._replace(**{kind: guard(method, behaviour)})  # type: ignore[no-any-return]
+        raise MigrateError(f"gRPC has a new kind of call: {method}")
+
+    def _check(self, method: str, context: grpc.ServicerContext) -> None:
+        try:
+            self._access.check_call(method, context)
+        except MigrateError as error:
+            _log.warning("a call from %s was refused: %s", context.peer(), error.message)
+            raise
+
+    def _guarded(self, method: str, behaviour: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+        @functools.wraps(behaviour)
+        def call(request: Any, context: grpc.ServicerContext) -> Any:
+            self._check(method, context)
+            return behaviour(request, context)
+
+        return call
+
+    def _guarded_stream(
+        self, method: str, behaviour: Callable[[Any, Any], Iterator[Any]]
+    ) -> Callable[[Any, Any], Iterator[Any]]:
+        @functools.wraps(behaviour)
+        def call(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+            self._check(method, context)
+            yield from behaviour(request, context)
+
+        return call
