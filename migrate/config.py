@@ -21,8 +21,12 @@ CONNECT_DEADLINE_S = 5.0
 PEER_TIMEOUT_DEFAULT_US = 5_000_000
 PEER_TIMEOUT_MIN_US = 200_000
 """Shorter, and a scheduler's whim would look like a lost peer."""
+PEER_TIMEOUT_MAX_US = 3_600_000_000
+
+_HOST_CHARS_MAX = 255
 
 _PORT_MAX = 0xFFFF
+_PORT_DIGITS = 5
 
 SWITCHOVER_DEADLINE_S = 120.0
 """How long a prepared destination waits for its switchover before it gives the guest up as never arrived."""
@@ -43,10 +47,19 @@ class Endpoint:
             ConfigError: not an address.
         """
         host, separator, port = text.rpartition(":")
-        if not separator or not host or not port.isascii() or not port.isdigit() or int(port) > _PORT_MAX:
-            raise ConfigError(f"{text!r} is not HOST:PORT")
+        if (
+            not separator
+            or not host
+            or not port.isascii()
+            or not port.isdigit()
+            or len(port) > _PORT_DIGITS
+            or int(port) > _PORT_MAX
+        ):
+            raise ConfigError(f"{text[:_HOST_CHARS_MAX]!r} is not HOST:PORT")
         if host.startswith("[") != host.endswith("]") or (":" in host and not host.startswith("[")):
-            raise ConfigError(f"{text!r} is not HOST:PORT; an IPv6 host goes in brackets")
+            raise ConfigError(f"{text[:_HOST_CHARS_MAX]!r} is not HOST:PORT; an IPv6 host goes in brackets")
+        if len(host) > _HOST_CHARS_MAX:
+            raise ConfigError(f"a host's name has at most {_HOST_CHARS_MAX} characters, not {len(host)}")
         return cls(host.strip("[]"), int(port))
 
     @property

@@ -18,6 +18,11 @@ class GuestHolder(Enum):
     SPLIT = 3
     NONE = 4
 
+    @classmethod
+    def _missing_(cls, _value: object) -> "GuestHolder":
+        """What a peer invents, or a newer one knows, tells us nothing."""
+        return cls.UNSPECIFIED
+
     def describe(self) -> str:
         """Say it in words."""
         return _HOLDER_WORDS[self]
@@ -108,6 +113,12 @@ class MissingFeatureError(UnsupportedHostError):
 
 class NotEnoughMemoryError(UnsupportedHostError):
     """The guest does not fit."""
+
+    grpc_status = "RESOURCE_EXHAUSTED"
+
+
+class LimitError(MigrateError):
+    """As much as this daemon allows at one time is there already; the message names the limit."""
 
     grpc_status = "RESOURCE_EXHAUSTED"
 
@@ -212,6 +223,7 @@ def _by_name() -> dict[str, type[MigrateError]]:
     pending: list[type[MigrateError]] = [MigrateError]
     while pending:
         cls = pending.pop()
-        found[cls.__name__] = cls
+        if cls.__module__ == __name__:  # what others derive steers their own threads, and is not for peers to raise
+            found[cls.__name__] = cls
         pending.extend(cls.__subclasses__())
     return found

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from migrate.daemon.limits import GUESTS_MAX
 from migrate.errors import (
     AlreadyExistsError,
     GuestBusyError,
     GuestGoneError,
     GuestHolder,
     GuestLostError,
+    LimitError,
     MigrateError,
     NotEnoughMemoryError,
     NotFoundError,
@@ -115,7 +117,7 @@ class GuestRegistry:
         with self._lock:
             guest = self._guests.get(name)
         if guest is None or guest.is_leaving:
-            raise NotFoundError(f"no guest named {name!r} is on this host", remedy="see `migrate guest list`")
+            raise NotFoundError(f"no guest named {name[:80]!r} is on this host", remedy="see `migrate guest list`")
         return guest
 
     def list(self) -> list[types.Guest]:
@@ -218,6 +220,10 @@ class GuestRegistry:
             self._left.wait_for(lambda: not self._is_leaving(spec.name), _LEAVE_S)
             if spec.name in self._guests or spec.name in self._reserved:
                 raise AlreadyExistsError(f"a guest named {spec.name!r} is on this host already")
+            if len(self._guests) + len(self._reserved) >= GUESTS_MAX:
+                raise LimitError(
+                    f"this daemon has {GUESTS_MAX} guests, which is its limit", remedy="delete some, or use another"
+                )
             self._reserved.add(spec.name)
         try:
             process = start_guest(start_from, socket_path)

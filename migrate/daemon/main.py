@@ -19,6 +19,7 @@ from grpc_reflection.v1alpha import reflection
 from migrate.config import DaemonConfig, Endpoint
 from migrate.daemon.access import Access, AccessInterceptor
 from migrate.daemon.guests import GuestRegistry
+from migrate.daemon.limits import CALLS_MAX, SERVER_OPTIONS, LimitInterceptor
 from migrate.daemon.migrations import MigrationRegistry
 from migrate.daemon.peer import GrpcPeer
 from migrate.daemon.services import GuestServicer, MigrationServicer, TransferServicer
@@ -44,17 +45,9 @@ from migrate.v1 import (
 )
 from migrate.v1 import types_pb2 as types
 
-_CONTROL_THREADS = 64
 _GRACE_S = 1.0
 # A control call waits for the GIL behind at most a few threads that place pages; 1 ms turns keep it within its 50 ms.
 _SWITCH_INTERVAL_S = 0.001
-_SERVER_OPTIONS = (
-    # Two daemons on one port would each take some of the calls.
-    ("grpc.so_reuseport", 0),
-    ("grpc.max_receive_message_length", 64 << 20),
-    # Peers look for us as often as their --peer-timeout wants; gRPC would take that for an attack.
-    ("grpc.http2.max_ping_strikes", 0),
-)
 
 _log = logging.getLogger(__name__)
 
@@ -148,9 +141,10 @@ class Daemon:
                 access.check_reader(migration_id, self._migrations.reader_host(migration_id), context)
 
         server = grpc.server(
-            futures.ThreadPoolExecutor(_CONTROL_THREADS, "control"),
-            interceptors=interceptors,
-            options=_SERVER_OPTIONS,
+            futures.ThreadPoolExecutor(CALLS_MAX, "control"),
+            interceptors=[LimitInterceptor(), *interceptors],
+            options=SERVER_OPTIONS,
+            maximum_concurrent_rpcs=CALLS_MAX,
         )
         guest_service_pb2_grpc.add_GuestServiceServicer_to_server(GuestServicer(self._guests, self.stopping), server)
         migration_service_pb2_grpc.add_MigrationServiceServicer_to_server(

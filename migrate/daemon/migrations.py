@@ -2,12 +2,14 @@
 
 import logging
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterable
 
 from migrate.config import PROTOCOL_VERSION, Endpoint
 from migrate.daemon.entries import destination_entry, reachable, source_entry
 from migrate.daemon.guests import GuestRegistry, HostedGuest
+from migrate.daemon.limits import ENDED_MAX, ENDED_WHOLE_MAX, FENCE_KEPT_S, INCOMING_MAX, REASON_CHARS_MAX
 from migrate.daemon.past import (
     complete_past,
     end_of,
@@ -22,6 +24,7 @@ from migrate.errors import (
     ConfigError,
     GuestBusyError,
     GuestHolder,
+    LimitError,
     MigrateError,
     NotFoundError,
     StateDirError,
@@ -37,6 +40,7 @@ from migrate.session.record import MigrationRecord, nothing_to_recover
 from migrate.session.rules import (
     HostFacts,
     check_compression,
+    check_id,
     check_peer_timeout,
     check_prepare,
     check_terms,
@@ -44,6 +48,7 @@ from migrate.session.rules import (
     choose_transport,
 )
 from migrate.session.source import SourceSession
+from migrate.session.states import State
 from migrate.telemetry.clock import Clock
 from migrate.telemetry.host import available_bytes
 from migrate.v1 import daemon_state_pb2 as saved
@@ -54,6 +59,7 @@ from migrate.v1 import types_pb2 as types
 _JOIN_S = 10.0
 _AWAIT_US_MAX = 1_000_000
 _EVERY_ATTEMPT = 0xFFFFFFFF
+_NOT_RUN_STATES = (State.SETUP, State.PRECOPY, State.SWITCHOVER)
 
 _log = logging.getLogger(__name__)
 
@@ -90,6 +96,8 @@ class MigrationRegistry:
         self._destinations: dict[str, DestinationSession] = {}
         self._past: dict[str, saved.SavedMigration] = {}  # ended before this daemon was started
         self._records: dict[str, MigrationRecord] = {}
+        # Those that never ran at their destination and never will, and when that was known; the oldest first.
+        self._ended_s: dict[str, float] = {}
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
         self._replacing = threading.Lock()
@@ -192,6 +200,7 @@ class MigrationRegistry:
         entry = destination_entry(request, peer_host)
         attempt = entry.destination.attempt
         with self._replacing:
+            self._check_incoming_room()
             before = self._make_way(request.migration_id, attempt)
             session = DestinationSession(
                 entry,
@@ -205,12 +214,17 @@ class MigrationRegistry:
             )
             with self._lock:
                 self._past.pop(request.migration_id, None)
+                self._ended_s.pop(request.migration_id, None)
                 self._destinations[request.migration_id] = session
                 self._records[request.migration_id] = session.record
         if before is not None:
             before.await_built()
-        session.prepare(request.guest)
-        self._spawn(f"destination-{request.migration_id}", session.run)
+        try:
+            session.prepare(request.guest)
+        except MigrateError:
+            self._note_ended(session)
+            raise
+        self._spawn("destination", session)
         return transfer.PrepareResponse(
             protocol_version=PROTOCOL_VERSION,
             transport=entry.destination.transport,
@@ -252,7 +266,10 @@ class MigrationRegistry:
         Raises:
             GuestBusyError: vCPUs run here, or may soon.
             StateDirError: the fence could not be written down.
+            LimitError: there are as many as can be, of attempts that never were here.
         """
+        check_id(migration_id)
+        reason = reason[:REASON_CHARS_MAX]
         attempt = attempt or _EVERY_ATTEMPT
         with self._replacing:
             session = self._destinations.get(migration_id)
@@ -383,7 +400,7 @@ class MigrationRegistry:
         with self._lock:
             self._sources[migration_id] = session
             self._records[migration_id] = session.record
-        self._spawn(f"source-{migration_id}", session.run)
+        self._spawn("source", session)
 
     def _outgoing(self, migration_id: str) -> SourceSession:
         with self._lock:
@@ -419,9 +436,14 @@ class MigrationRegistry:
         entry = self._past.get(migration_id)
         if entry is not None and not is_at_source(entry):
             raise GuestBusyError("vCPUs have run at the destination", holder=GuestHolder(entry.final.holder))
+        if entry is None:
+            self._check_fence_room()
         fenced = fence_of(migration_id, entry, attempt)
         self._journal.save(fenced)
-        self._past[migration_id] = fenced
+        with self._lock:
+            self._past[migration_id] = fenced
+            if entry is None:
+                self._add_ended(migration_id)
 
     def _incoming(self, migration_id: str) -> DestinationSession:
         with self._lock:
@@ -473,7 +495,7 @@ class MigrationRegistry:
         with self._lock:
             self._destinations[entry.migration_id] = session
             self._records[entry.migration_id] = session.record
-        self._spawn(f"destination-{entry.migration_id}", session.run)
+        self._spawn("destination", session)
 
     # ---- both ----
 
@@ -482,6 +504,9 @@ class MigrationRegistry:
         self._past[entry.migration_id] = entry
         if entry.final.state:
             self._records[entry.migration_id] = MigrationRecord.of_ended(entry.final, self._clock)
+        if is_at_source(entry):
+            with self._lock:
+                self._add_ended(entry.migration_id)
         if guest is None:
             return
         if entry.HasField("source") and entry.final.state == types.MIGRATION_STATE_COMPLETED:
@@ -489,12 +514,15 @@ class MigrationRegistry:
         elif entry.final.state == types.MIGRATION_STATE_FAILED and not is_at_source(entry):
             self._guests.spend(guest)
 
-    def _spawn(self, name: str, run: Callable[[], None]) -> None:
+    def _spawn(self, side: str, session: SourceSession | DestinationSession) -> None:
+        name = f"{side}-{session.record.migration_id}"
+
         def logged() -> None:
             try:
-                run()
+                session.run()
             except Exception:  # noqa: BLE001 - the last line of defence of a thread
                 _log.exception("%s died of a bug; the state above it is the last that is known", name)
+            self._note_ended(session)
 
         thread = threading.Thread(target=logged, name=name, daemon=True)
         with self._lock:
@@ -502,6 +530,66 @@ class MigrationRegistry:
             self._threads.append(thread)
             thread.start()
 
+    # ---- limits ----
+
+    def _check_incoming_room(self) -> None:
+        with self._lock:
+            states = [session.record.state for session in self._destinations.values()]
+        if sum(state in _NOT_RUN_STATES for state in states) >= INCOMING_MAX:
+            raise LimitError(
+                f"this daemon prepares for {INCOMING_MAX} guests that have not arrived, which is its limit",
+                holder=GuestHolder.SOURCE,
+                remedy="wait until some have",
+            )
+
+    def _check_fence_room(self) -> None:
+        with self._lock:
+            oldest_s = next(iter(self._ended_s.values()), 0.0)
+            is_full = len(self._ended_s) >= ENDED_MAX
+        if is_full and time.monotonic() - oldest_s < FENCE_KEPT_S:
+            raise LimitError(
+                f"this daemon has heard of {ENDED_MAX} migrations that never ran here, in {FENCE_KEPT_S:g} s,"
+                " which is its limit",
+                remedy="try again later",
+            )
+
+    def _note_ended(self, session: SourceSession | DestinationSession) -> None:
+        """A session has nothing to do any more."""
+        record, migration_id = session.record, session.record.migration_id
+        with self._lock:
+            is_past = record.is_final and record.holder is GuestHolder.SOURCE
+            if is_past and self._records.get(migration_id) is record:
+                self._add_ended(migration_id)
+
+    def _add_ended(self, migration_id: str) -> None:
+        """Remember less of the older ones, under the lock."""
+        self._ended_s.pop(migration_id, None)
+        self._ended_s[migration_id] = time.monotonic()
+        if len(self._ended_s) > ENDED_MAX:
+            forgotten = next(iter(self._ended_s))
+            del self._ended_s[forgotten]
+            for known in (self._past, self._records, self._sources, self._destinations):
+                known.pop(forgotten, None)
+            self._journal.forget(forgotten)
+        whole = [
+            session
+            for ended in self._ended_s
+            if (session := self._sources.get(ended) or self._destinations.get(ended)) is not None
+        ]
+        for session in whole[:-ENDED_WHOLE_MAX]:
+            self._shrink(session)
+
+    def _shrink(self, session: SourceSession | DestinationSession) -> None:
+        entry = session.entry
+        if not is_at_source(entry):
+            return  # its end could not be written down
+        # A message never gives back what it held while it was changed; a copy holds what is in it now.
+        entry = saved.SavedMigration.FromString(entry.SerializeToString())
+        self._past[entry.migration_id] = entry
+        self._records[entry.migration_id] = MigrationRecord.of_ended(entry.final, self._clock)
+        self._sources.pop(entry.migration_id, None)
+        self._destinations.pop(entry.migration_id, None)
+
 
 def _unknown(migration_id: str) -> NotFoundError:
-    return NotFoundError(f"no migration {migration_id!r} is known here", remedy="see `migrate list`")
+    return NotFoundError(f"no migration {migration_id[:80]!r} is known here", remedy="see `migrate list`")

@@ -9,7 +9,13 @@ import grpc
 from migrate.config import Endpoint
 from migrate.credentials import channel_credentials
 from migrate.daemon.status import received_error
-from migrate.errors import ChannelError, PeerUnreachableError
+from migrate.errors import (
+    ChannelError,
+    GuestGoneError,
+    GuestLostError,
+    MigrationAbortedError,
+    PeerUnreachableError,
+)
 from migrate.handshake import why_refused
 from migrate.tls import TlsFiles, TlsMaterial
 from migrate.v1 import transfer_service_pb2 as transfer
@@ -48,22 +54,21 @@ class GrpcPeer:
 
     def prepare(self, request: transfer.PrepareRequest) -> transfer.PrepareResponse:
         """Build the empty twin."""
-        return self._call(lambda stub: stub.Prepare, request, _PREPARE_S, is_first=True)
+        return self._call_destination(lambda stub: stub.Prepare, request, _PREPARE_S, is_first=True)
 
     def switch_over(self, request: transfer.SwitchoverRequest) -> transfer.SwitchoverResponse:
         """Hand over the state; returns when the guest runs there."""
-        return self._call(lambda stub: stub.Switchover, request, _SWITCHOVER_S)
+        return self._call_destination(lambda stub: stub.Switchover, request, _SWITCHOVER_S)
 
     def invalidate(self, request: transfer.InvalidateRequest) -> None:
         """Say which pages are stale."""
-        self._call(lambda stub: stub.Invalidate, request, self._timeout_s)
+        self._call_destination(lambda stub: stub.Invalidate, request, self._timeout_s)
 
     def get_incoming(self, migration_id: str, await_complete_us: int = 0) -> types.Migration:
         """The migration as the destination sees it, at once, or when no page is missing or the time is over."""
         request = transfer.GetIncomingRequest(migration_id=migration_id, await_complete_us=await_complete_us)
-        return self._call(
-            lambda stub: stub.GetIncoming, request, self._timeout_s + await_complete_us / 1_000_000
-        ).migration
+        timeout_s = self._timeout_s + await_complete_us / 1_000_000
+        return self._call_destination(lambda stub: stub.GetIncoming, request, timeout_s).migration
 
     def complete(self, request: transfer.CompleteRequest) -> None:
         """END."""
@@ -72,7 +77,7 @@ class GrpcPeer:
     def abort(self, migration_id: str, reason: str, attempt: int) -> None:
         """Undo Prepare; returns only if this attempt and those before it never ran there and never will."""
         request = transfer.AbortRequest(migration_id=migration_id, reason=reason, attempt=attempt)
-        self._call(lambda stub: stub.Abort, request, _PREPARE_S)
+        self._call_destination(lambda stub: stub.Abort, request, _PREPARE_S)
 
     def resume_migration(self, request: transfer.ResumeMigrationRequest) -> transfer.ResumeMigrationResponse:
         """Say where we are now, and hear how far the other side is."""
@@ -84,6 +89,20 @@ class GrpcPeer:
             self._is_closed = True
         for channel in self._channels:
             channel.close()
+
+    def _call_destination(
+        self,
+        method_of: Callable[[rpc.TransferServiceStub], Callable[..., _Response]],
+        request: _Request,
+        timeout_s: float,
+        *,
+        is_first: bool = False,
+    ) -> _Response:
+        try:
+            return self._call(method_of, request, timeout_s, is_first=is_first)
+        except (GuestLostError, GuestGoneError) as error:
+            # What became of our own guest is not for the other host to say.
+            raise MigrationAbortedError(error.message, holder=error.holder, remedy=error.remedy) from error
 
     def _call(
         self,
@@ -142,7 +161,8 @@ def _options(timeout_s: float) -> tuple[tuple[str, int], ...]:
     timeout_ms = int(timeout_s * 1000)
     return (
         ("grpc.enable_http_proxy", 0),
-        ("grpc.max_send_message_length", 64 << 20),
+        # A migration's figures are the most that is answered.
+        ("grpc.max_receive_message_length", 64 << 10),
         # One TCP connection of our own: what another migration's peer has learned of a link is not ours.
         ("grpc.use_local_subchannel_pool", 1),
         # A link that swallows everything is noticed within the timeout, though a call may wait for longer.

@@ -21,6 +21,7 @@ from migrate.v1 import transfer_service_pb2_grpc as transfer_rpc
 
 _AUDIT_DEADLINE_US = 120_000_000
 _WATCH_INTERVAL_MIN_US = 10_000
+_WATCH_INTERVAL_MAX_US = 3_600_000_000
 _WATCH_POLL_S = 0.5
 
 
@@ -67,11 +68,21 @@ class GuestServicer(guest_rpc.GuestServiceServicer):
     ) -> Iterator[guest.WatchGuestStatisticsResponse]:
         if 0 < request.interval_us < _WATCH_INTERVAL_MIN_US:
             raise ConfigError(f"statistics are sent every {_WATCH_INTERVAL_MIN_US} us at the most often")
+        if request.interval_us > _WATCH_INTERVAL_MAX_US:
+            raise ConfigError(f"statistics are sent every {_WATCH_INTERVAL_MAX_US} us at the least often")
         found = self._guests.find(request.name)
         while context.is_active():
             yield guest.WatchGuestStatisticsResponse(statistics=found.client.statistics())
-            if not request.interval_us or self._stopping.wait(request.interval_us / 1_000_000):
+            if not request.interval_us or not self._pause(request.interval_us / 1_000_000, context):
                 return
+
+    def _pause(self, pause_s: float, context: grpc.ServicerContext) -> bool:
+        """Wait; False if nobody waits for the next any more."""
+        while pause_s > 0 and context.is_active():
+            if self._stopping.wait(min(pause_s, _WATCH_POLL_S)):
+                return False
+            pause_s -= _WATCH_POLL_S
+        return context.is_active()
 
 
 class MigrationServicer(migration_rpc.MigrationServiceServicer):

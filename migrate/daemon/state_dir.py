@@ -7,7 +7,6 @@ directory), so that a daemon that is killed while it writes finds what was there
 import contextlib
 import fcntl
 import os
-import re
 import stat
 import tempfile
 import time
@@ -17,11 +16,11 @@ from pathlib import Path
 from google.protobuf.message import DecodeError
 
 from migrate.errors import ConfigError, StateDirError
+from migrate.session.rules import is_id
 from migrate.v1 import daemon_state_pb2 as saved
 
 _VERSION = 1
 _SUFFIX = ".pb"
-_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 # The record of a migration that has ended also refuses what a peer may still say of it.
 _KEPT_S = 7 * 86_400
 
@@ -66,7 +65,7 @@ class StateDir:
         Raises:
             StateDirError: it could not be written; what was there before still is.
         """
-        if not _ID.fullmatch(migration.migration_id) or migration.migration_id.startswith("."):
+        if not is_id(migration.migration_id):
             raise StateDirError(f"{migration.migration_id!r} is no id of a migration")
         migration.version = _VERSION
         path = self._migrations / (migration.migration_id + _SUFFIX)
@@ -77,6 +76,11 @@ class StateDir:
                 f"the state directory {self.path} cannot be written: {error.strerror}",
                 remedy="free space on its file system",
             ) from error
+
+    def forget(self, migration_id: str) -> None:
+        """Remove what is written down of a migration. If that fails, the next daemon finds an end too many."""
+        with contextlib.suppress(OSError):
+            (self._migrations / (migration_id + _SUFFIX)).unlink(missing_ok=True)
 
     def load(self) -> Iterator[saved.SavedMigration]:
         """All migrations that were written down, in the order of their ids' last change; old ends are removed.

@@ -1,10 +1,12 @@
 """Errors on the gRPC wire, both ways: status code, message, and ErrorInfo in trailing metadata."""
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from migrate.errors import ChannelError, GuestHolder, MigrateError, PeerUnreachableError, error_class
 from migrate.session.ports import wire_holder
@@ -78,8 +80,8 @@ def received_error(error: grpc.RpcError, peer: str) -> MigrateError:
     call: Any = error
     for key, value in call.trailing_metadata() or ():
         if key == METADATA_ERROR:
-            info = types.ErrorInfo.FromString(value)
-            return _rebuild(info)
+            with contextlib.suppress(DecodeError):
+                return _rebuild(types.ErrorInfo.FromString(value))
     code: grpc.StatusCode = call.code()
     details = call.details() or ""
     # gRPC has one status for "nobody there" and "gone while it worked", but different words.

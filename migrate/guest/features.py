@@ -15,6 +15,7 @@ _FEATURE_REGISTERS = {
     (0x80000001, 0): ("ecx", "edx"),
 }
 # State of the moment, not features: OSXSAVE and OSPKE mirror CR4.
+_NAMED_MAX = 64
 _IGNORED = {(0x1, 0, "ecx"): 1 << 27, (0x7, 0, "ecx"): 1 << 4}
 
 
@@ -33,7 +34,8 @@ def check_cpuid_supported(wanted: Sequence[types.CpuidEntry], supported: Sequenc
             lacking = getattr(entry, register) & ~have & ~_IGNORED.get((*key, register), 0)
             missing += [f"{key[0]:#x}.{key[1]}:{register}[{bit}]" for bit in range(32) if lacking >> bit & 1]
     if missing:
+        more = f" and {len(missing) - _NAMED_MAX} more" if len(missing) > _NAMED_MAX else ""
         raise MissingFeatureError(
-            f"the destination's vCPUs lack features that the guest uses: CPUID {', '.join(missing)}",
+            f"the destination's vCPUs lack features that the guest uses: CPUID {', '.join(missing[:_NAMED_MAX])}{more}",
             remedy="migrate to a host with the same or a newer CPU",
         )

@@ -46,7 +46,7 @@ def check_spec(spec: types.GuestSpec) -> None:
         ConfigError: it cannot; the message says why.
     """
     if not _NAME.fullmatch(spec.name):
-        raise ConfigError(f"{spec.name!r} is no guest name: 1 to 64 of letters, digits, '.', '_' and '-'")
+        raise ConfigError(f"{spec.name[:80]!r} is no guest name: 1 to 64 of letters, digits, '.', '_' and '-'")
     if spec.kind not in _KINDS:
         raise ConfigError("a guest is of kind kvm or process")
     if not MEMORY_MIN_BYTES <= spec.memory_bytes <= MEMORY_MAX_BYTES or spec.memory_bytes % _MEMORY_STEP_BYTES:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from migrate.errors import GuestGoneError
+from migrate.errors import GuestGoneError, NativeError
 from migrate.guest.client import GuestClient, received_error
 from migrate.v1 import guest_protocol_pb2 as pb
 from migrate.v1 import types_pb2 as types
@@ -86,6 +86,9 @@ def start_guest(start_from: types.GuestSpec | types.GuestDescription, socket_pat
     command += ["--ready-fd", str(ready_write)]
     try:
         child = subprocess.Popen(command, pass_fds=[ready_write], start_new_session=True, stdin=subprocess.DEVNULL)
+    except OSError as error:
+        os.close(ready_read)
+        raise NativeError("start a guest process", error.errno or 0) from error
     finally:
         os.close(ready_write)
     process = GuestProcess(child.pid, socket_path, child)

@@ -375,7 +375,8 @@ class DestinationSession:
             if pager is None:
                 raise PagerStoppedError
             if request.complete_within_us:
-                self._await_last_round(pager, started_us + request.complete_within_us)
+                within_us = min(request.complete_within_us, int(SWITCHOVER_DEADLINE_S * 1_000_000))
+                self._await_last_round(pager, started_us + within_us)
             pager.go_live()
         # The stream goes on while the state is loaded, and that the vCPUs may run is written: none needs the others.
         self._flow.fetch()

@@ -115,6 +115,10 @@ class Journal(Protocol):
         """
         ...
 
+    def forget(self, migration_id: str) -> None:
+        """It ended long ago, and nobody asks any more."""
+        ...
+
 
 PeerOf = Callable[[Endpoint, str, float], PeerPort]
 """Connects to a daemon: its endpoint, its role, and the seconds of silence after which it is lost."""

@@ -1,8 +1,9 @@
 """What a destination demands before it builds a guest's twin. Pure: facts in, an error out."""
 
+import re
 from dataclasses import dataclass
 
-from migrate.config import PEER_TIMEOUT_MIN_US, PROTOCOL_VERSION
+from migrate.config import PEER_TIMEOUT_MAX_US, PEER_TIMEOUT_MIN_US, PROTOCOL_VERSION
 from migrate.errors import ConfigError, MissingFeatureError, NotEnoughMemoryError
 from migrate.units import PAGE_SIZE_BYTES, format_bytes, is_page_aligned
 from migrate.v1 import transfer_service_pb2 as transfer
@@ -16,6 +17,11 @@ SUPPORTED_COMPRESSIONS = frozenset(
     {types.PAGE_COMPRESSION_UNSPECIFIED, types.PAGE_COMPRESSION_NONE, types.PAGE_COMPRESSION_ZSTD}
 )
 MEMORY_MAX_BYTES = 1 << 40
+TOKEN_CHARS_MAX = 256
+DESCRIPTION_BYTES_MAX = 32 << 10
+"""A guest process is told of itself on its command line, where an argument ends at 128 KiB, in hexadecimal."""
+
+_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +94,25 @@ def check_peer_timeout(peer_timeout_us: int) -> None:
         raise ConfigError(
             f"a peer is not lost after {peer_timeout_us / 1000:g} ms: the least is {PEER_TIMEOUT_MIN_US / 1000:g} ms"
         )
+    if peer_timeout_us > PEER_TIMEOUT_MAX_US:
+        raise ConfigError(f"a peer timeout is at most {PEER_TIMEOUT_MAX_US / 1e6:g} s, not {peer_timeout_us / 1e6:g} s")
+
+
+def is_id(migration_id: str) -> bool:
+    """Whether a migration may be called so: its file is."""
+    return _ID.fullmatch(migration_id) is not None
+
+
+def check_id(migration_id: str) -> None:
+    """Whether a migration may be called so.
+
+    Raises:
+        ConfigError: it may not.
+    """
+    if not is_id(migration_id):
+        raise ConfigError(
+            f"{migration_id[:80]!r} is no id of a migration: 1 to 64 of letters, digits, '_', '-' and, but first, '.'"
+        )
 
 
 def check_terms(mode: int, order: str) -> None:
@@ -100,7 +125,7 @@ def check_terms(mode: int, order: str) -> None:
         raise ConfigError("this version migrates in modes postcopy, hybrid and precopy")
     if order not in SUPPORTED_ORDERS:
         raise ConfigError(
-            f"{order!r} is no order of the background that this version knows: {', '.join(SUPPORTED_ORDERS)}"
+            f"{order[:80]!r} is no order of the background that this version knows: {', '.join(SUPPORTED_ORDERS)}"
         )
 
 
@@ -125,6 +150,13 @@ def check_prepare(request: transfer.PrepareRequest, facts: HostFacts) -> None:
         )
     if not request.migration_id or not request.token:
         raise ConfigError("a migration needs an id and a token")
+    check_id(request.migration_id)
+    if len(request.token) > TOKEN_CHARS_MAX:
+        raise ConfigError(f"a token has at most {TOKEN_CHARS_MAX} characters, not {len(request.token)}")
+    if description.ByteSize() > DESCRIPTION_BYTES_MAX:
+        raise ConfigError(
+            f"a guest's description has at most {DESCRIPTION_BYTES_MAX} bytes, not {description.ByteSize()}"
+        )
     if len(description.regions) != 1 or description.regions[0].region != 0:
         raise ConfigError(f"a guest has one RAM region, number 0; this one comes with {len(description.regions)}")
     region = description.regions[0]

@@ -91,6 +91,7 @@ class SourceSession:
         request.peer_timeout_us = request.peer_timeout_us or PEER_TIMEOUT_DEFAULT_US
         mode = choose_mode(request.mode, kind)
         check_terms(mode, request.order)
+        self.entry = entry
         self._saved = source
         self._is_taken_up = source.attempt > 0
         self._clock = clock

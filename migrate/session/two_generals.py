@@ -50,23 +50,28 @@ def learn_whether_it_runs(
     backoff = Backoff(RETRY_FIRST_S, RETRY_MAX_S, random.Random())  # noqa: S311 - jitter, no secret
     while record.state is State.SWITCHOVER:
         try:
-            if _fence_or_see_it_run(record.migration_id, peer_now(), attempt, lost):
-                return
-        except MigrationAbortedError:
-            raise
+            runs, never = _fence_or_see_it_run(record.migration_id, peer_now(), attempt, lost)
         except MigrateError as error:
+            # Whatever error the call ended with, it is no answer.
             record.note_error(error)
+        else:
+            if never is not None:
+                raise never from lost
+            if runs:
+                return
         pause(backoff.next_s())
 
 
-def _fence_or_see_it_run(migration_id: str, peer: PeerPort, attempt: int, lost: MigrateError) -> bool:
-    """One question. True: it runs there, or has. False: not known yet."""
+def _fence_or_see_it_run(
+    migration_id: str, peer: PeerPort, attempt: int, lost: MigrateError
+) -> tuple[bool, MigrationAbortedError | None]:
+    """One question. Whether it runs there, or has; or why it never did and never will. Neither: not known yet."""
     try:
         peer.abort(migration_id, "the answer to Switchover was lost", attempt)
     except GuestBusyError:
         incoming = peer.get_incoming(migration_id)
         if incoming.state == types.MIGRATION_STATE_FAILED and incoming.holder == types.GUEST_HOLDER_SOURCE:
-            raise gave_up(incoming) from lost
+            return False, gave_up(incoming)
         has_failed = incoming.state == types.MIGRATION_STATE_FAILED  # after it ran
-        return has_failed or incoming.state in _RUNNING_STATES
-    raise AttemptLostError(f"{lost.message}; the destination never ran the guest") from lost
+        return has_failed or incoming.state in _RUNNING_STATES, None
+    return False, AttemptLostError(f"{lost.message}; the destination never ran the guest")
