@@ -15,7 +15,7 @@ from tests.harness.waiting import wait_until
 
 pytestmark = [pytest.mark.kvm, pytest.mark.uffd, pytest.mark.timeout(60)]
 
-KINDS = ["kvm", "process"]
+KINDS = ["kvm", pytest.param("process", marks=pytest.mark.thorough)]
 DEADLINE_S = 2
 LONG_DEADLINE_S = 5
 PEER_TIMEOUT_S = PEER_TIMEOUT_US / 1_000_000

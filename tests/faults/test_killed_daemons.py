@@ -10,12 +10,15 @@ pytestmark = [pytest.mark.kvm, pytest.mark.uffd, pytest.mark.timeout(90)]
 HELD_S = 20
 BANDWIDTH_BYTES_PER_S = 200 << 20
 ONLY_PRECOPY = {Point.SOURCE_PRECOPY, Point.DESTINATION_INVALIDATED}
-# Where mode precopy does what hybrid does not; the rest of it is run with --thorough.
+# From here on, all modes are the same: the rest of hybrid is run with --thorough.
+FIRST_COMMON = [*Point].index(Point.DESTINATION_RUNNING)
+# Where mode precopy does what hybrid does not; likewise.
 OWN_OF_PRECOPY = {*ONLY_PRECOPY, Point.SOURCE_PAUSED, Point.SOURCE_SWITCHING, Point.DESTINATION_SWITCHING}
 
 
 def case(mode, point):
-    is_thorough = mode == "precopy" and point not in OWN_OF_PRECOPY
+    is_common = mode == "hybrid" and [*Point].index(point) >= FIRST_COMMON
+    is_thorough = is_common or (mode == "precopy" and point not in OWN_OF_PRECOPY)
     marks = [pytest.mark.thorough] if is_thorough else []
     return pytest.param(mode, point, id=f"{mode}-{point.value}", marks=marks)
 

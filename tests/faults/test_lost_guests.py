@@ -117,7 +117,7 @@ def check_spent(pair):
     assert "backup" in said
 
 
-@pytest.mark.parametrize("kind", ["kvm", "process"])
+@pytest.mark.parametrize("kind", ["kvm", pytest.param("process", marks=pytest.mark.thorough)])
 def test_twin_that_dies_in_postcopy_is_lost_at_once_and_everywhere(pair, kind):
     migration_id = start_slow(pair, kind)
     assert pair.destination.statistics().errors == 0
@@ -156,7 +156,7 @@ def test_start_that_follows_exits_with_1_and_says_that_the_guest_is_lost(pair):
     assert "the guest is lost" in result.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize("kind", ["kvm", "process"])
+@pytest.mark.parametrize("kind", ["kvm", pytest.param("process", marks=pytest.mark.thorough)])
 def test_source_guest_that_dies_while_its_daemon_lives_costs_nothing(pair, kind):
     """The daemon has the memory, too."""
     migration_id = start_slow(pair, kind)
@@ -165,7 +165,7 @@ def test_source_guest_that_dies_while_its_daemon_lives_costs_nothing(pair, kind)
     assert arrived.recoveries == 0
 
 
-@pytest.mark.parametrize("kind", ["kvm", "process"])
+@pytest.mark.parametrize("kind", ["kvm", pytest.param("process", marks=pytest.mark.thorough)])
 def test_source_guest_that_dies_with_its_daemon_is_lost_once_that_is_known(pair, kind):
     migration_id = start_slow(pair, kind)
     twin_pid = pair.destination.guest().pid

@@ -16,7 +16,9 @@ pytestmark = [pytest.mark.kvm, pytest.mark.uffd, pytest.mark.timeout(60)]
 
 PEER_TIMEOUT_S = PEER_TIMEOUT_US / 1e6
 NATIVE, GRPCIO = types.PAGE_TRANSPORT_NATIVE_GRPC, types.PAGE_TRANSPORT_GRPCIO
-TRANSPORTS = pytest.mark.parametrize("transport", [NATIVE, GRPCIO], ids=["native", "grpcio"])
+TRANSPORTS = pytest.mark.parametrize(
+    "transport", [pytest.param(NATIVE, id="native"), pytest.param(GRPCIO, id="grpcio", marks=pytest.mark.thorough)]
+)
 POSTCOPY, PAUSED, RECOVER = (
     types.MIGRATION_STATE_POSTCOPY,
     types.MIGRATION_STATE_POSTCOPY_PAUSED,

@@ -76,7 +76,7 @@ def test_killed_destination_daemon_is_one_stall_as_long_as_it_was_away(pair):
 
 
 @pytest.mark.parametrize("side", ["source", "destination"])
-@pytest.mark.parametrize("kind", ["kvm", "process"])
+@pytest.mark.parametrize("kind", ["kvm", pytest.param("process", marks=pytest.mark.thorough)])
 def test_guest_whose_daemon_is_gone_for_long_only_waits(pair, side, kind):
     """Several times as long as the peer's timeout; no vCPU that waits for a page takes anything else for it."""
     migration_id = start_slow(pair, kind=kind)

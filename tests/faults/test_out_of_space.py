@@ -91,7 +91,7 @@ def check_moves_now(pair, **terms):
 
 
 @pytest.mark.root
-@pytest.mark.parametrize("kind", ["kvm", "process"])
+@pytest.mark.parametrize("kind", ["kvm", pytest.param("process", marks=pytest.mark.thorough)])
 def test_disk_of_the_destination_that_is_full_before_prepare_leaves_the_guest(tmp_path, kind):
     with small_disk(tmp_path, "destination") as pair:
         pid = create(pair, kind)
@@ -187,7 +187,7 @@ def test_disk_of_the_source_that_is_full_refuses_a_migration_and_a_cancellation(
         pair.check_moved(migration_id)
 
 
-@pytest.mark.parametrize("kind", ["kvm", "process"])
+@pytest.mark.parametrize("kind", ["kvm", pytest.param("process", marks=pytest.mark.thorough)])
 def test_destination_whose_memory_is_out_in_prepare_leaves_the_guest(pair, kind):
     """The twin may not map as much address space as its RAM needs."""
     pid = create(pair, kind, memory_mib=8192, working_set_mib=16, touch_rate_per_s=5000)

@@ -16,7 +16,8 @@ from tests.harness.memory import PAGE
 from tests.harness.victim import HONEST, refusal_of
 from tests.harness.waiting import wait_until
 
-pytestmark = [pytest.mark.kvm, pytest.mark.uffd]
+# Longer than every run of the tests can wait for.
+pytestmark = [pytest.mark.kvm, pytest.mark.uffd, pytest.mark.thorough]
 U32, U64 = 2**32 - 1, 2**64 - 1
 PATH = "../../../etc/passwd"
 MEGABYTE = "x" * (1 << 20)

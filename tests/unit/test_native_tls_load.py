@@ -24,7 +24,7 @@ from tests.harness.memory import PAGE, ServedMemory, pages_of, random_page_bytes
 from tests.harness.page_server import flood_caller, wait_logged
 from tests.harness.waiting import wait_until
 
-pytestmark = pytest.mark.uffd
+pytestmark = [pytest.mark.uffd, pytest.mark.thorough]
 HANDSHAKE_S = 5
 SLOW_CONNECTIONS = 100
 MIB = 1 << 20
