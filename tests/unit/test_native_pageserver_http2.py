@@ -27,13 +27,17 @@ REFUSED_STREAM, CANCEL, COMPRESSION_ERROR = 7, 8, 9
         b"PRI * HTTP/2.0\r\n\r\nXX\r\n\r\n" + bytes(64),
         bytes(range(256)) * 8,
         b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
-        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(500),
     ],
-    ids=["wrong preface", "garbage", "HTTP/1.1", "TLS"],
+    ids=["wrong preface", "garbage", "HTTP/1.1"],
 )
 def test_who_does_not_speak_http2_is_sent_away(served, peer, caplog, sent):
     peer.send(sent)
     check_connection_ended(served, peer, caplog, PROTOCOL_ERROR, "magic")
+
+
+def test_who_speaks_tls_to_a_plain_text_port_is_told_apart(served, peer, caplog):
+    peer.send(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(500))
+    check_connection_ended(served, peer, caplog, None, "TLS on a plain-text port")
 
 
 def test_garbage_after_the_preface_ends_the_connection(served, peer, caplog):
