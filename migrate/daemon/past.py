@@ -4,6 +4,7 @@ import os
 import secrets
 
 from migrate.daemon.guests import GuestRegistry, HostedGuest
+from migrate.error_info import error_info, wire_holder
 from migrate.errors import (
     AttemptLostError,
     GuestBusyError,
@@ -13,7 +14,6 @@ from migrate.errors import (
     MigrateError,
     PermissionDeniedError,
 )
-from migrate.session.ports import wire_holder
 from migrate.v1 import daemon_state_pb2 as saved
 from migrate.v1 import transfer_service_pb2 as transfer
 from migrate.v1 import types_pb2 as types
@@ -62,9 +62,7 @@ def end_of(
         peer=incoming.control_endpoint,
         attempt=incoming.attempt,
         holder=wire_holder(holder),
-        error=types.ErrorInfo(
-            type=error.type_name, message=error.message, holder=wire_holder(holder), remedy=error.remedy
-        ),
+        error=error_info(error, holder),
     )
 
 

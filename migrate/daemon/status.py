@@ -8,19 +8,12 @@ from typing import Any, NoReturn
 import grpc
 from google.protobuf.message import DecodeError
 
-from migrate.errors import ChannelError, GuestHolder, MigrateError, PeerUnreachableError, error_class
-from migrate.session.ports import wire_holder
+from migrate.error_info import error_info, error_of
+from migrate.errors import ChannelError, MigrateError, PeerUnreachableError
 from migrate.v1 import types_pb2 as types
 
 METADATA_ERROR = "migrate-error-bin"
 _NOT_CONNECTED = "failed to connect"
-
-
-def error_info(error: MigrateError) -> types.ErrorInfo:
-    """An error as a message."""
-    return types.ErrorInfo(
-        type=error.type_name, message=error.message, holder=wire_holder(error.holder), remedy=error.remedy
-    )
 
 
 def abort(context: grpc.ServicerContext, error: MigrateError) -> NoReturn:
@@ -81,16 +74,9 @@ def received_error(error: grpc.RpcError, peer: str) -> MigrateError:
     for key, value in call.trailing_metadata() or ():
         if key == METADATA_ERROR:
             with contextlib.suppress(DecodeError):
-                return _rebuild(types.ErrorInfo.FromString(value))
+                return error_of(types.ErrorInfo.FromString(value))
     code: grpc.StatusCode = call.code()
     details = call.details() or ""
     # gRPC has one status for "nobody there" and "gone while it worked", but different words.
     cls = PeerUnreachableError if code is grpc.StatusCode.UNAVAILABLE and _NOT_CONNECTED in details else ChannelError
     return cls(f"{peer} did not answer: {code.name}: {details}")
-
-
-def _rebuild(info: types.ErrorInfo) -> MigrateError:
-    """An instance of the named class, built without its own constructor, whose arguments did not travel."""
-    error = error_class(info.type).__new__(error_class(info.type))
-    MigrateError.__init__(error, info.message, holder=GuestHolder(info.holder), remedy=info.remedy)
-    return error

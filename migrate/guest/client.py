@@ -5,7 +5,8 @@ import socket
 import threading
 from pathlib import Path
 
-from migrate.errors import GuestGoneError, GuestHolder, MigrateError, RemoteProtocolError, error_class
+from migrate.error_info import error_of
+from migrate.errors import GuestGoneError, RemoteProtocolError
 from migrate.guest import protocol
 from migrate.v1 import guest_protocol_pb2 as pb
 from migrate.v1 import types_pb2 as types
@@ -146,13 +147,5 @@ class GuestClient:
 
 def _checked(response: pb.GuestResponse) -> pb.GuestResponse:
     if response.HasField("error"):
-        raise received_error(response.error)
+        raise error_of(response.error)
     return response
-
-
-def received_error(info: types.ErrorInfo) -> MigrateError:
-    """The error that a message describes, built without its class's own constructor, whose arguments did not travel."""
-    cls = error_class(info.type)
-    error = cls.__new__(cls)
-    MigrateError.__init__(error, info.message, holder=GuestHolder(info.holder), remedy=info.remedy)
-    return error

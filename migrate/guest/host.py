@@ -20,6 +20,7 @@ from pathlib import Path
 
 from google.protobuf.message import DecodeError
 
+from migrate.error_info import error_info
 from migrate.errors import (
     GuestBusyError,
     GuestGoneError,
@@ -445,7 +446,7 @@ def serve_connection(
             try:
                 response, fds = _answer_in_turn(guest, request, turns, number)
             except MigrateError as error:
-                response, fds = pb.GuestResponse(error=_error_info(error)), []
+                response, fds = pb.GuestResponse(error=error_info(error)), []
             protocol.send(connection, response, fds)
             if request.HasField("shutdown"):
                 leave()
@@ -462,15 +463,6 @@ def _answer_in_turn(
         return answer(guest, request)
     with turns.changing(number):
         return answer(guest, request)
-
-
-def _error_info(error: MigrateError) -> types.ErrorInfo:
-    return types.ErrorInfo(
-        type=error.type_name,
-        message=error.message,
-        holder=types.GuestHolder.ValueType(error.holder.value),
-        remedy=error.remedy,
-    )
 
 
 def _listen(path: Path) -> socket.socket:
@@ -511,7 +503,7 @@ def main() -> None:
             listener = _listen(arguments.socket)
         except (MigrateError, OSError) as error:
             known = error if isinstance(error, MigrateError) else NativeError("start the guest", error.errno or 0)
-            ready.write(pb.GuestResponse(error=_error_info(known)).SerializeToString())
+            ready.write(pb.GuestResponse(error=error_info(known)).SerializeToString())
             sys.exit(1)
         signal.signal(signal.SIGTERM, leave)
         try:

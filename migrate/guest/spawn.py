@@ -8,8 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from migrate.error_info import error_of
 from migrate.errors import GuestGoneError, NativeError
-from migrate.guest.client import GuestClient, received_error
+from migrate.guest.client import GuestClient
 from migrate.v1 import guest_protocol_pb2 as pb
 from migrate.v1 import types_pb2 as types
 
@@ -99,4 +100,4 @@ def start_guest(start_from: types.GuestSpec | types.GuestDescription, socket_pat
     process.kill()
     if not word:
         raise GuestGoneError("the guest process died while it started")
-    raise received_error(pb.GuestResponse.FromString(word).error)
+    raise error_of(pb.GuestResponse.FromString(word).error)

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Protocol
 
 from migrate.config import Endpoint
-from migrate.errors import GuestHolder
 from migrate.v1 import daemon_state_pb2 as saved
 from migrate.v1 import transfer_service_pb2 as transfer
 from migrate.v1 import types_pb2 as types
@@ -122,8 +121,3 @@ class Journal(Protocol):
 
 PeerOf = Callable[[Endpoint, str, float], PeerPort]
 """Connects to a daemon: its endpoint, its role, and the seconds of silence after which it is lost."""
-
-
-def wire_holder(holder: GuestHolder) -> "types.GuestHolder.ValueType":
-    """The wire's number for a holder; the enums have equal values."""
-    return types.GuestHolder.ValueType(holder.value)

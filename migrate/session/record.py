@@ -3,8 +3,8 @@
 import threading
 from collections.abc import Callable
 
+from migrate.error_info import error_info, wire_holder
 from migrate.errors import GuestBusyError, GuestHolder, GuestLostError, MigrateError
-from migrate.session.ports import wire_holder
 from migrate.session.states import Event, Machine, Side, State
 from migrate.telemetry.clock import Clock
 from migrate.units import PAGE_SIZE_BYTES
@@ -130,7 +130,7 @@ class MigrationRecord:
             migration.state = types.MigrationState.ValueType(after.state.value)
             migration.holder = wire_holder(after.holder)
             if error is not None:
-                migration.error.CopyFrom(_error_info(error, after.holder))
+                migration.error.CopyFrom(error_info(error, after.holder))
             return migration
 
     def wait_changed(self, seen_version: int, timeout_s: float) -> int:
@@ -153,7 +153,7 @@ class MigrationRecord:
             migration.postcopy_us = end_us - self._entered_us[State.POSTCOPY]
 
     def _set_error(self, error: MigrateError) -> None:
-        self._migration.error.CopyFrom(_error_info(error, self.holder))
+        self._migration.error.CopyFrom(error_info(error, self.holder))
 
     def _publish(self) -> None:
         self._migration.state = types.MigrationState.ValueType(self._machine.state.value)
@@ -170,7 +170,3 @@ def nothing_to_recover(record: MigrationRecord) -> MigrateError:
     if record.holder is GuestHolder.NONE:
         return GuestLostError(record.snapshot().error.message or "the guest is lost", remedy=LOST_REMEDY)
     return GuestBusyError(f"there is nothing to recover in state {record.state.name}", holder=record.holder)
-
-
-def _error_info(error: MigrateError, holder: GuestHolder) -> types.ErrorInfo:
-    return types.ErrorInfo(type=error.type_name, message=error.message, holder=wire_holder(holder), remedy=error.remedy)

@@ -5,7 +5,7 @@ A call's handler runs in a thread of its own, as at a gRPC server, and goes on w
 
 import threading
 
-from migrate.daemon.status import _rebuild, error_info
+from migrate.error_info import error_info, error_of
 from migrate.errors import ChannelError, MigrateError
 from migrate.v1 import types_pb2 as types
 
@@ -102,7 +102,7 @@ class Control:
         try:
             call.result = call.handle()
         except MigrateError as error:
-            call.error = _rebuild(error_info(error))
+            call.error = error_of(error_info(error))
         except Exception as error:  # noqa: BLE001 - gRPC answers UNKNOWN
             call.error = ChannelError(f"unknown: {error!r}")
             self._world.violate(f"the handler of {call.name} died: {error!r}")

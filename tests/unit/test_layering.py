@@ -19,7 +19,19 @@ LAYERS = [
     {"guest"},
     {"telemetry"},
     {"native"},
-    {"model", "units", "errors", "config", "barriers", "tls", "authority", "credentials", "handshake", "__init__"},
+    {
+        "model",
+        "units",
+        "errors",
+        "error_info",
+        "config",
+        "barriers",
+        "tls",
+        "authority",
+        "credentials",
+        "handshake",
+        "__init__",
+    },
     {"v1"},
 ]
 # The tables and rules of a migration are tested as pure Python.
