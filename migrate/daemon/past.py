@@ -1,7 +1,6 @@
 """What a daemon makes of what one before it left: pure looks at saved migrations and adopted guests."""
 
 import os
-import secrets
 
 from migrate.daemon.guests import GuestRegistry, HostedGuest
 from migrate.error_info import error_info, wire_holder
@@ -12,8 +11,8 @@ from migrate.errors import (
     GuestHolder,
     GuestLostError,
     MigrateError,
-    PermissionDeniedError,
 )
+from migrate.session.rules import check_token
 from migrate.v1 import daemon_state_pb2 as saved
 from migrate.v1 import transfer_service_pb2 as transfer
 from migrate.v1 import types_pb2 as types
@@ -91,7 +90,7 @@ def complete_past(entry: saved.SavedMigration, request: transfer.CompleteRequest
         PermissionDeniedError: not its token.
         GuestBusyError: that was no good end.
     """
-    _check_token(request.token, entry.source.token)
+    check_token(request.token, entry.source.token)
     if entry.final.state != types.MIGRATION_STATE_COMPLETED:
         raise GuestBusyError(f"END makes no sense: {entry.final.error.message}")
 
@@ -105,12 +104,7 @@ def resume_past(
         PermissionDeniedError: not its token.
         GuestLostError: it asks for pages that are lost.
     """
-    _check_token(request.token, entry.source.token or entry.destination.token)
+    check_token(request.token, entry.source.token or entry.destination.token)
     if entry.HasField("source") and entry.final.state == types.MIGRATION_STATE_FAILED:
         raise GuestLostError(entry.final.error.message)
     return transfer.ResumeMigrationResponse(migration=entry.final)
-
-
-def _check_token(token: str, known: str) -> None:
-    if not secrets.compare_digest(token.encode(), known.encode()):
-        raise PermissionDeniedError("the token is not this migration's")

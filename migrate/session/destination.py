@@ -7,7 +7,6 @@ told to: whatever is lost then, this side can still say what it did.
 
 import contextlib
 import os
-import secrets
 import threading
 from collections.abc import Callable
 
@@ -21,7 +20,6 @@ from migrate.errors import (
     GuestLostError,
     MigrateError,
     MigrationAbortedError,
-    PermissionDeniedError,
     StateDirError,
 )
 from migrate.native.compression import Compression
@@ -34,6 +32,7 @@ from migrate.session.page_flow import FetcherOf, PageFlow
 from migrate.session.ports import Journal, PeerOf
 from migrate.session.record import LOST_REMEDY, MigrationRecord, nothing_to_recover
 from migrate.session.refusals import as_lost_attempt, why_not_prepared, why_not_running
+from migrate.session.rules import check_token
 from migrate.session.states import Event, Machine, Side, State
 from migrate.telemetry.clock import Clock
 from migrate.units import bytes_to_pages
@@ -276,19 +275,10 @@ class DestinationSession:
         Raises:
             PermissionDeniedError: not this migration's token.
         """
-        self.check_token(token)
+        check_token(token, self._saved.token)
         self._connect_anew(control_endpoint)
         self._arrival.recover_now()
         return self.record.snapshot()
-
-    def check_token(self, token: str) -> None:
-        """Whether a caller knows what only this migration's source knows.
-
-        Raises:
-            PermissionDeniedError: not so.
-        """
-        if not secrets.compare_digest(token.encode(), self._saved.token.encode()):
-            raise PermissionDeniedError("the token is not this migration's")
 
     # ---- called by operators ----
 

@@ -1,10 +1,11 @@
 """What a destination demands before it builds a guest's twin. Pure: facts in, an error out."""
 
 import re
+import secrets
 from dataclasses import dataclass
 
 from migrate.config import PEER_TIMEOUT_MAX_US, PEER_TIMEOUT_MIN_US, PROTOCOL_VERSION
-from migrate.errors import ConfigError, MissingFeatureError, NotEnoughMemoryError
+from migrate.errors import ConfigError, MissingFeatureError, NotEnoughMemoryError, PermissionDeniedError
 from migrate.units import PAGE_SIZE_BYTES, format_bytes, is_page_aligned
 from migrate.v1 import transfer_service_pb2 as transfer
 from migrate.v1 import types_pb2 as types
@@ -113,6 +114,16 @@ def check_id(migration_id: str) -> None:
         raise ConfigError(
             f"{migration_id[:80]!r} is no id of a migration: 1 to 64 of letters, digits, '_', '-' and, but first, '.'"
         )
+
+
+def check_token(token: str, known: str) -> None:
+    """Whether a caller knows what only this migration's peer knows. Takes as long for a wrong one.
+
+    Raises:
+        PermissionDeniedError: it does not.
+    """
+    if not secrets.compare_digest(token.encode(), known.encode()):
+        raise PermissionDeniedError("the token is not this migration's")
 
 
 def check_terms(mode: int, order: str) -> None:

@@ -8,7 +8,6 @@ END, which is written down before it is acknowledged.
 import contextlib
 import os
 import random
-import secrets
 import threading
 from collections.abc import Callable
 
@@ -24,7 +23,6 @@ from migrate.errors import (
     MigrateError,
     MigrationAbortedError,
     PeerUnreachableError,
-    PermissionDeniedError,
     StateDirError,
 )
 from migrate.native.exports import Exports
@@ -35,7 +33,7 @@ from migrate.session.convergence import DOWNTIME_LIMIT_DEFAULT_US, Terms
 from migrate.session.ledger import Ledger
 from migrate.session.ports import GuestPort, Journal, PeerOf
 from migrate.session.record import MigrationRecord, nothing_to_recover
-from migrate.session.rules import check_terms, choose_mode, choose_transport
+from migrate.session.rules import check_terms, check_token, choose_mode, choose_transport
 from migrate.session.serving import LOST_WORDS, DestinationLink, Serving
 from migrate.session.states import FINAL_STATES, Event, Machine, Side, State
 from migrate.session.two_generals import RETRY_FIRST_S, RETRY_MAX_S, learn_whether_it_runs
@@ -228,7 +226,7 @@ class SourceSession:
             GuestLostError: its pages are not here any more.
             GuestBusyError: the guest has not been handed over.
         """
-        self._check_token(token)
+        check_token(token, self._saved.token)
         with self.record.lock:
             if self.record.state is State.FAILED and self.record.holder is not GuestHolder.SOURCE:
                 raise GuestLostError(LOST_WORDS)
@@ -254,7 +252,7 @@ class SourceSession:
             GuestBusyError: the migration is not at a point where END makes sense.
             StateDirError: it could not be written down; say it again later.
         """
-        self._check_token(token)
+        check_token(token, self._saved.token)
         reach(Point.SOURCE_ENDING, self.record.migration_id)
         with self.record.lock:
             if self.record.state is State.COMPLETED:
@@ -479,10 +477,6 @@ class SourceSession:
         if self._attempt is not None:
             self._attempt.close()
         self._link.close()
-
-    def _check_token(self, token: str) -> None:
-        if not secrets.compare_digest(token.encode(), self._saved.token.encode()):
-            raise PermissionDeniedError("the token is not this migration's")
 
     def _note_attempt(self, migration: types.Migration) -> None:
         migration.attempt = self._saved.attempt
