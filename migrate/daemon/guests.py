@@ -1,7 +1,6 @@
 """The guests of this host: their processes, their names, and which migration is moving them."""
 
 import logging
-import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -67,17 +66,15 @@ class GuestRegistry:
         for socket_path in sorted(self._socket_dir.glob("*.sock")):
             try:
                 process, client = adopt_guest(socket_path)
-                description, _, _, memfds = client.describe()
+                spec = client.look().description.spec
             except GuestGoneError:
                 socket_path.unlink(missing_ok=True)
                 continue
             except MigrateError as error:
                 _log.error("the guest at %s is left alone: %s", socket_path, error)
                 continue
-            for memfd in memfds:
-                os.close(memfd)
             with self._lock:
-                self._guests[description.spec.name] = HostedGuest(description.spec, process, client)
+                self._guests[spec.name] = HostedGuest(spec, process, client)
 
     def create(self, spec: types.GuestSpec) -> types.Guest:
         """Start a guest of this host.
@@ -134,14 +131,12 @@ class GuestRegistry:
 
     def describe(self, guest: HostedGuest) -> types.Guest:
         """What an operator sees of a guest."""
-        description, state, pid, memfds = guest.client.describe()
-        for memfd in memfds:
-            os.close(memfd)
+        seen = guest.client.look()
         return types.Guest(
             spec=guest.spec,
-            state=state,
-            pid=pid,
-            resident_bytes=sum(region.resident_bytes for region in description.regions),
+            state=seen.state,
+            pid=seen.pid,
+            resident_bytes=sum(region.resident_bytes for region in seen.description.regions),
             migration_id=guest.migration_id,
         )
 

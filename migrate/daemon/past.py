@@ -1,7 +1,5 @@
 """What a daemon makes of what one before it left: pure looks at saved migrations and adopted guests."""
 
-import os
-
 from migrate.daemon.guests import GuestRegistry, HostedGuest
 from migrate.error_info import error_info, wire_holder
 from migrate.errors import (
@@ -28,11 +26,9 @@ def guests_that_never_ran(guests: GuestRegistry) -> list[HostedGuest]:
     found = []
     for guest in guests.all():
         try:
-            _, state, _, memfds = guest.client.describe()
+            state = guest.client.look().state
         except GuestGoneError:
             continue
-        for memfd in memfds:
-            os.close(memfd)
         if state == types.GUEST_STATE_INCOMING:
             found.append(guest)
     return found

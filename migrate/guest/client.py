@@ -37,9 +37,9 @@ class GuestClient:
         if attach:
             self.instance = self._plain(pb.GuestRequest(attach=pb.AttachRequest())).attach.instance
 
-    def is_armed(self) -> bool:
-        """Whether RAM is registered: if not, and the guest has run, no page is missing."""
-        return self._plain(pb.GuestRequest(describe=pb.DescribeRequest())).describe.is_armed
+    def look(self) -> pb.DescribeResponse:
+        """What the guest says of itself, without its memory. Unless it `is_armed`, one that has run misses no page."""
+        return self._plain(pb.GuestRequest(describe=pb.DescribeRequest())).describe
 
     def describe(self) -> tuple[types.GuestDescription, "types.GuestState.ValueType", int, list[int]]:
         """Description, state, pid, and the memfd of each region, which the caller closes."""

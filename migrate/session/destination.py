@@ -351,7 +351,7 @@ class DestinationSession:
 
     def _take_up(self) -> None:
         """The guest runs here, and a daemon before us served its faults: find out what is missing."""
-        if self._twin is None or not self._twin.guest.is_armed():
+        if self._twin is None or not self._twin.guest.look().is_armed:
             return  # it was let go: nothing is
         *_, self._memfds = self._twin.guest.describe()
         # Known to nobody yet: no page is placed, and no fault read, before this is done.

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from migrate.config import Endpoint
 from migrate.v1 import daemon_state_pb2 as saved
+from migrate.v1 import guest_protocol_pb2 as guest
 from migrate.v1 import transfer_service_pb2 as transfer
 from migrate.v1 import types_pb2 as types
 
@@ -18,8 +19,8 @@ class GuestPort(Protocol):
     instance: str
     """Tells the process apart from every other guest process, of whatever name."""
 
-    def is_armed(self) -> bool:
-        """Whether RAM is registered: if not, and the guest has run, no page is missing."""
+    def look(self) -> guest.DescribeResponse:
+        """What the guest says of itself, without its memory. Unless it `is_armed`, one that has run misses no page."""
         ...
 
     def describe(self) -> tuple[types.GuestDescription, "types.GuestState.ValueType", int, list[int]]:

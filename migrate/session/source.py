@@ -6,7 +6,6 @@ END, which is written down before it is acknowledged.
 """
 
 import contextlib
-import os
 import random
 import threading
 from collections.abc import Callable
@@ -299,12 +298,10 @@ class SourceSession:
         try:
             # What we do not know of its rounds, we do not use: a next attempt begins a log of its own.
             self._guest.stop_dirty_log()
-            _, state, _, memfds = self._guest.describe()
+            state = self._guest.look().state
         except GuestGoneError:
             self._guest = self._out = None
             return False
-        for memfd in memfds:
-            os.close(memfd)
         return state == types.GUEST_STATE_PAUSED
 
     def _serve_again(self, out: Outgoing) -> Attempt:

@@ -114,7 +114,4 @@ def _start(
 
 
 def _is_populated(guest: GuestClient) -> bool:
-    _, state, _, fds = guest.describe()
-    for fd in fds:
-        os.close(fd)
-    return state == types.GUEST_STATE_RUNNING
+    return guest.look().state == types.GUEST_STATE_RUNNING

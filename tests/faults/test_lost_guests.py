@@ -179,7 +179,7 @@ def test_source_guest_that_dies_with_its_daemon_is_lost_once_that_is_known(pair,
     # Its vCPUs wait for pages, and are given nothing instead.
     seen = looking.statistics()
     assert (seen.errors, seen.first_error) == (0, "")
-    assert looking.is_armed()
+    assert looking.look().is_armed
     looking.close()
 
     pair.source.restart()

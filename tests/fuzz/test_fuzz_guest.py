@@ -73,7 +73,7 @@ def test_guest_survives_every_packet(start, tmp_path, kind, is_twin):
     _, client = start(spec_of(kind, 1))
     path = tmp_path / "guest.sock"
     if is_twin:
-        twin = twin_of(lambda *_: start(client_description(client), "twin"), client)
+        twin = twin_of(lambda *_: start(client.look().description, "twin"), client)
         path, client = tmp_path / "twin.sock", twin
 
     def say(conversation):
@@ -96,13 +96,6 @@ def test_guest_survives_every_packet(start, tmp_path, kind, is_twin):
 
     fuzz(say, st.lists(st.tuples(packets, st.booleans()), min_size=1, max_size=6))
     assert client.statistics().first_error == ""
-
-
-def client_description(client):
-    description, _, _, memfds = client.describe()
-    for memfd in memfds:
-        os.close(memfd)
-    return description
 
 
 @pytest.mark.parametrize("kind", KINDS)

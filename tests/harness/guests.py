@@ -16,9 +16,7 @@ def spec_of(kind=types.GUEST_KIND_KVM, vcpus=2):
 
 
 def state_of(client):
-    _, state, _, (memfd,) = client.describe()
-    os.close(memfd)
-    return state
+    return client.look().state
 
 
 def memfd_of(client):
@@ -54,7 +52,6 @@ def populated(start, spec):
 
 def twin_of(start, client):
     """A guest process that waits for that guest; it has neither its RAM nor its state yet."""
-    description, _, _, (memfd,) = client.describe()
-    os.close(memfd)
+    description = client.look().description
     _, twin = start(description, "twin")
     return twin

@@ -12,6 +12,7 @@ import os
 from migrate.daemon.guests import GuestRegistry, HostedGuest
 from migrate.errors import AlreadyExistsError, GuestBusyError, GuestGoneError, KvmError, UffdUnavailableError
 from migrate.native import uffd
+from migrate.v1 import guest_protocol_pb2 as guest_protocol
 from migrate.v1 import types_pb2 as types
 
 PAGE = 4096
@@ -116,9 +117,9 @@ class ModelGuest:
         uffd.register_missing(self._uffd, self.hva, self.pages * PAGE)
         return os.dup(self._uffd), [self.hva]
 
-    def is_armed(self):
-        self._enter("is_armed")
-        return self.is_registered
+    def look(self):
+        self._enter("look")
+        return guest_protocol.DescribeResponse(is_armed=self.is_registered)
 
     def disarm(self):
         self._enter("disarm")

@@ -1,7 +1,6 @@
 """Two daemons whose guests and migrations outlive them, and the barriers at which they can be held."""
 
 import contextlib
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -52,10 +51,8 @@ class Pair:
     def describe(self, daemon, name="g"):
         """Description and state of a guest, as its process says, whatever its daemon does."""
         with contextlib.closing(self.look_into(daemon, name)) as client:
-            description, state, _, memfds = client.describe()
-        for memfd in memfds:
-            os.close(memfd)
-        return description, state
+            seen = client.look()
+        return seen.description, seen.state
 
     def state_of(self, daemon, name="g"):
         """What a guest process says of itself; None if there is none."""

@@ -8,18 +8,13 @@ from migrate.errors import GuestBusyError, KvmError
 from migrate.guest.client import GuestClient
 from migrate.guest.spawn import start_guest
 from migrate.v1 import types_pb2 as types
+from tests.harness.guests import state_of
 from tests.harness.waiting import wait_until
 
 pytestmark = [pytest.mark.kvm, pytest.mark.uffd]
 PAGE = 4096
 MEMORY_BYTES = 16 << 20
 PAGES = MEMORY_BYTES // PAGE
-
-
-def state_of(client):
-    _, state, _, (memfd,) = client.describe()
-    os.close(memfd)
-    return state
 
 
 @pytest.fixture
