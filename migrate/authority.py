@@ -1,9 +1,7 @@
 """A small certificate authority: makes the CA, and certificates for hosts and the people who operate them."""
 
 import ipaddress
-import os
 import re
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -15,6 +13,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from migrate.errors import AlreadyExistsError, ConfigError
+from migrate.files import replace_file
 from migrate.tls import CA_FILE, CERTIFICATE_FILE, KEY_FILE, ROLE_URI_PREFIX, Role, read_private_key
 
 CA_KEY_FILE = "ca.key"
@@ -103,8 +102,8 @@ class Authority:
         )
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            write_file(path / CA_KEY_FILE, _key_pem(key), mode=0o600)
-            write_file(path / CA_FILE, certificate.public_bytes(serialization.Encoding.PEM), mode=0o644)
+            replace_file(path / CA_KEY_FILE, _key_pem(key), mode=0o600)
+            replace_file(path / CA_FILE, certificate.public_bytes(serialization.Encoding.PEM), mode=0o644)
         except OSError as error:
             raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
         return cls(path)
@@ -145,9 +144,9 @@ class Authority:
         certificate = self._sign(name, role, names, key.public_key(), validity or Validity.from_now(days))
         try:
             directory.mkdir(mode=0o700, exist_ok=True)
-            write_file(directory / KEY_FILE, _key_pem(key), mode=0o600)
-            write_file(directory / CERTIFICATE_FILE, certificate.public_bytes(serialization.Encoding.PEM), mode=0o644)
-            write_file(directory / CA_FILE, self._ca_pem, mode=0o644)
+            replace_file(directory / KEY_FILE, _key_pem(key), mode=0o600)
+            replace_file(directory / CERTIFICATE_FILE, certificate.public_bytes(serialization.Encoding.PEM), mode=0o644)
+            replace_file(directory / CA_FILE, self._ca_pem, mode=0o644)
         except OSError as error:
             raise ConfigError(f"{directory} cannot be written: {error.strerror}") from error
         return directory
@@ -184,25 +183,6 @@ class Authority:
             .add_extension(issuer_key, critical=False)
             .sign(self._key, hashes.SHA256())
         )
-
-
-def write_file(path: Path, data: bytes, *, mode: int) -> None:
-    """Write a file whole or not at all, never readable by more than `mode` says, over one that is there.
-
-    Raises:
-        OSError: it cannot be written; what was there before still is.
-    """
-    fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(fd, "wb") as stream:
-            os.fchmod(fd, mode)
-            stream.write(data)
-            stream.flush()
-            os.fsync(fd)
-        Path(temporary).replace(path)
-    except OSError:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _general_name(address: str) -> x509.GeneralName:

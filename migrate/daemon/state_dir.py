@@ -8,7 +8,6 @@ import contextlib
 import fcntl
 import os
 import stat
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 from google.protobuf.message import DecodeError
 
 from migrate.errors import ConfigError, StateDirError
+from migrate.files import UNFINISHED, replace_file
 from migrate.session.rules import is_id
 from migrate.v1 import daemon_state_pb2 as saved
 
@@ -70,7 +70,7 @@ class StateDir:
         migration.version = _VERSION
         path = self._migrations / (migration.migration_id + _SUFFIX)
         try:
-            self._replace(path, migration.SerializeToString())
+            replace_file(path, migration.SerializeToString())
         except OSError as error:
             raise StateDirError(
                 f"the state directory {self.path} cannot be written: {error.strerror}",
@@ -88,7 +88,7 @@ class StateDir:
         Raises:
             StateDirError: one cannot be read, or was written by a newer version.
         """
-        for path in self._migrations.glob(".*.new"):
+        for path in self._migrations.glob(UNFINISHED):
             path.unlink(missing_ok=True)
         for path in sorted(self._migrations.glob("*" + _SUFFIX), key=lambda found: found.stat().st_mtime_ns):
             migration = _read(path)
@@ -96,24 +96,6 @@ class StateDir:
                 path.unlink(missing_ok=True)
                 continue
             yield migration
-
-    def _replace(self, path: Path, data: bytes) -> None:
-        fd, temporary = tempfile.mkstemp(dir=self._migrations, prefix=".", suffix=".new")
-        try:
-            with os.fdopen(fd, "wb") as stream:
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
-            Path(temporary).replace(path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                Path(temporary).unlink()
-            raise
-        directory_fd = os.open(self._migrations, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(directory_fd)
-        finally:
-            os.close(directory_fd)
 
 
 def why_not_private(path: Path) -> str:

@@ -25,6 +25,7 @@ LAYERS = [
         "errors",
         "error_info",
         "config",
+        "files",
         "barriers",
         "tls",
         "authority",
