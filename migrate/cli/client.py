@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import grpc
 from google.protobuf.message import DecodeError
 
+from migrate.channels import channel_credentials, open_channel
 from migrate.cli.params import DaemonAt
 from migrate.config import CONNECT_DEADLINE_S, Endpoint
 from migrate.errors import (
@@ -119,12 +120,11 @@ def _channel(at: DaemonAt) -> grpc.Channel:
         ("grpc.min_reconnect_backoff_ms", int(CONNECT_DEADLINE_S * 1000)),
     )
     if at.tls_dir is None:
-        return grpc.insecure_channel(at.address, options=options)
+        return open_channel(at.address, None, options)
     # cryptography takes a while to load, and only TLS needs it.
-    from migrate.credentials import channel_credentials  # noqa: PLC0415
     from migrate.tls import read_tls_dir  # noqa: PLC0415
 
-    return grpc.secure_channel(at.address, channel_credentials(read_tls_dir(at.tls_dir)), options=options)
+    return open_channel(at.address, channel_credentials(read_tls_dir(at.tls_dir)), options)
 
 
 def translate(exc: grpc.RpcError, at: DaemonAt) -> MigrateError:

@@ -6,8 +6,8 @@ from typing import TypeVar
 
 import grpc
 
+from migrate.channels import ChannelOptions, channel_credentials, keepalive_options, open_channel
 from migrate.config import Endpoint
-from migrate.credentials import channel_credentials
 from migrate.daemon.status import received_error
 from migrate.errors import (
     ChannelError,
@@ -152,12 +152,11 @@ class GrpcPeer:
 
 
 def _channel(endpoint: Endpoint, timeout_s: float, material: TlsMaterial | None) -> grpc.Channel:
-    if material is None:
-        return grpc.insecure_channel(str(endpoint), options=_options(timeout_s))
-    return grpc.secure_channel(str(endpoint), channel_credentials(material), options=_options(timeout_s))
+    credentials = None if material is None else channel_credentials(material)
+    return open_channel(str(endpoint), credentials, _options(timeout_s))
 
 
-def _options(timeout_s: float) -> tuple[tuple[str, int], ...]:
+def _options(timeout_s: float) -> ChannelOptions:
     timeout_ms = int(timeout_s * 1000)
     return (
         ("grpc.enable_http_proxy", 0),
@@ -166,12 +165,7 @@ def _options(timeout_s: float) -> tuple[tuple[str, int], ...]:
         # One TCP connection of our own: what another migration's peer has learned of a link is not ours.
         ("grpc.use_local_subchannel_pool", 1),
         # A link that swallows everything is noticed within the timeout, though a call may wait for longer.
-        ("grpc.keepalive_time_ms", timeout_ms // 2),
-        ("grpc.keepalive_timeout_ms", timeout_ms // 2),
-        # grpcio 1.85 looks at this one instead (grpc/grpc#39239).
-        ("grpc.http2.ping_timeout_ms", timeout_ms // 2),
-        ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.http2.max_pings_without_data", 0),
+        *keepalive_options(timeout_ms // 2, timeout_ms // 2),
         # Despite its name, the last of these is also how long gRPC gives an attempt to connect.
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", 1000),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import grpc
 
-from migrate.credentials import channel_credentials
+from migrate.channels import channel_credentials
 from migrate.errors import MigrateError
 from migrate.native.tls import NativeTls
 from migrate.pager.fetcher import Fetcher, FetchTerms, make_fetcher

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 import grpc
 
+from migrate.channels import keepalive_options, open_channel
 from migrate.config import BACKGROUND_RUN_PAGES, BACKGROUND_RUNS_IN_FLIGHT, CONNECT_DEADLINE_S, Endpoint
 from migrate.errors import ChannelError, MigrateError, RemoteProtocolError
 from migrate.native.exports import BEARER, METADATA_AUTHORIZATION, METADATA_MIGRATION_ID
@@ -29,33 +30,7 @@ _CHANNEL_OPTIONS = (
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.enable_http_proxy", 0),
     ("grpc.max_receive_message_length", 4 << 20),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_pings_without_data", 0),
 )
-
-
-def _channel_options(peer_timeout_us: int, answer_us: int) -> list[tuple[str, int]]:
-    """Of a connection that is asked for a sign of life after half the peer timeout.
-
-    grpcio 1.85 never looks at keepalive_timeout_ms (grpc/grpc#39239), and gives up a PING after ping_timeout_ms. It
-    sends one a second at most, so that the loss of a source is not known sooner than in about a second and a half.
-    A stock server that is not told to bear such PINGs ends a connection on which it has nothing to send.
-    """
-    answer_ms = max(1, answer_us // 1000)
-    return [
-        *_CHANNEL_OPTIONS,
-        ("grpc.keepalive_time_ms", max(1, peer_timeout_us // 2000)),
-        ("grpc.keepalive_timeout_ms", answer_ms),
-        ("grpc.http2.ping_timeout_ms", answer_ms),
-    ]
-
-
-def _channel(
-    endpoint: Endpoint, credentials: grpc.ChannelCredentials | None, options: list[tuple[str, int]]
-) -> grpc.Channel:
-    if credentials is None:
-        return grpc.insecure_channel(str(endpoint), options=options)
-    return grpc.secure_channel(str(endpoint), credentials, options=options)
 
 
 class GrpcioFetcher:
@@ -96,7 +71,11 @@ class GrpcioFetcher:
         self._connect_timeout_us = min(int(CONNECT_DEADLINE_S * 1_000_000), peer_timeout_us)
         # The background's answers may stand behind all that it has in flight.
         self._channels = [
-            _channel(endpoint, credentials, _channel_options(peer_timeout_us, answer_us))
+            open_channel(
+                str(endpoint),
+                credentials,
+                (*_CHANNEL_OPTIONS, *keepalive_options(max(1, peer_timeout_us // 2000), max(1, answer_us // 1000))),
+            )
             for answer_us in (peer_timeout_us // 2, peer_timeout_us * 2)
         ]
         self._threads: list[threading.Thread] = []

@@ -9,7 +9,7 @@ import sys
 
 import grpc
 
-from migrate.credentials import channel_credentials
+from migrate.channels import channel_credentials, open_channel
 from migrate.tls import read_tls_dir
 from migrate.v1 import guest_service_pb2 as guest
 from migrate.v1 import guest_service_pb2_grpc as guest_rpc
@@ -38,9 +38,8 @@ DISTRIBUTIONS = {
 def channel_to(address, tls_dir=None):
     # With a pool of its own, it does not inherit the back-off of a channel to a daemon that was killed there.
     options = [("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1)]
-    if tls_dir is None:
-        return grpc.insecure_channel(address, options=options)
-    return grpc.secure_channel(address, channel_credentials(read_tls_dir(tls_dir)), options=options)
+    credentials = None if tls_dir is None else channel_credentials(read_tls_dir(tls_dir))
+    return open_channel(address, credentials, options)
 
 
 class DaemonProcess:

@@ -29,7 +29,7 @@ LAYERS = [
         "barriers",
         "tls",
         "authority",
-        "credentials",
+        "channels",
         "handshake",
         "__init__",
     },
