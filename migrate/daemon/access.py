@@ -1,12 +1,13 @@
 """Who may make which call. With TLS, every call of every service is looked up here before anything else is done."""
 
-import functools
+import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grpc
 
+from migrate.daemon.status import within
 from migrate.errors import MigrateError, PeerNotTrustedError, PermissionDeniedError
 from migrate.tls import Identity, Role, TlsFiles, identity_of_pem
 
@@ -50,10 +51,6 @@ CALLS: Mapping[str, frozenset[Role]] = {
 }
 
 _TLS_VERSION = b"TLSv1.3"
-_KINDS = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
-
-ReaderCheck = Callable[[str, grpc.ServicerContext], None]
-"""Raises if the caller must not have the pages of that migration."""
 
 
 class Access:
@@ -140,38 +137,14 @@ class AccessInterceptor(grpc.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> "grpc.RpcMethodHandler[Any, Any] | None":
         """Wrap one method of any service."""
-        handler: Any = continuation(handler_call_details)
-        if handler is None:
-            return None
         method = handler_call_details.method
-        for kind in _KINDS:
-            behaviour = getattr(handler, kind)
-            if behaviour is not None:
-                guard = self._guarded_stream if kind.endswith("_stream") else self._guarded
-                return handler._replace(**{kind: guard(method, behaviour)})  # type: ignore[no-any-return]
-        raise MigrateError(f"gRPC has a new kind of call: {method}")
+        return within(continuation(handler_call_details), lambda context: self._checked(method, context))
 
-    def _check(self, method: str, context: grpc.ServicerContext) -> None:
+    @contextlib.contextmanager
+    def _checked(self, method: str, context: grpc.ServicerContext) -> Iterator[None]:
         try:
             self._access.check_call(method, context)
         except MigrateError as error:
             _log.warning("a call from %s was refused: %s", context.peer(), error.message)
             raise
-
-    def _guarded(self, method: str, behaviour: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-        @functools.wraps(behaviour)
-        def call(request: Any, context: grpc.ServicerContext) -> Any:
-            self._check(method, context)
-            return behaviour(request, context)
-
-        return call
-
-    def _guarded_stream(
-        self, method: str, behaviour: Callable[[Any, Any], Iterator[Any]]
-    ) -> Callable[[Any, Any], Iterator[Any]]:
-        @functools.wraps(behaviour)
-        def call(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
-            self._check(method, context)
-            yield from behaviour(request, context)
-
-        return call
+        yield

@@ -14,6 +14,7 @@ from migrate.v1 import types_pb2 as types
 
 METADATA_ERROR = "migrate-error-bin"
 _NOT_CONNECTED = "failed to connect"
+_KINDS = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
 
 
 def abort(context: grpc.ServicerContext, error: MigrateError) -> NoReturn:
@@ -32,38 +33,50 @@ class ErrorInterceptor(grpc.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> "grpc.RpcMethodHandler[Any, Any] | None":
         """Wrap one method of any service."""
-        handler: Any = continuation(handler_call_details)
-        if handler is None:
-            return None
-        if handler.unary_unary is not None:
-            return handler._replace(unary_unary=_guarded(handler.unary_unary))  # type: ignore[no-any-return]
-        if handler.unary_stream is not None:
-            return handler._replace(unary_stream=_guarded_stream(handler.unary_stream))  # type: ignore[no-any-return]
-        if handler.stream_stream is not None:
-            return handler._replace(stream_stream=_guarded_stream(handler.stream_stream))  # type: ignore[no-any-return]
-        return handler  # type: ignore[no-any-return]
+        return within(continuation(handler_call_details), _answering)
 
 
-def _guarded(method: Callable[[Any, grpc.ServicerContext], Any]) -> Callable[[Any, grpc.ServicerContext], Any]:
-    @functools.wraps(method)
+@contextlib.contextmanager
+def _answering(context: grpc.ServicerContext) -> Iterator[None]:
+    try:
+        yield
+    except MigrateError as error:
+        abort(context, error)
+
+
+def within(
+    handler: Any, scope_of: Callable[[grpc.ServicerContext], contextlib.AbstractContextManager[None]]
+) -> "grpc.RpcMethodHandler[Any, Any] | None":
+    """A handler, of whichever kind of call, all of whose work is done within a scope.
+
+    Args:
+        handler: What gRPC found for a call; None if it found none.
+        scope_of: Makes the scope, from the call's context.
+    """
+    if handler is None:
+        return None
+    for kind in _KINDS:
+        behaviour = getattr(handler, kind)
+        if behaviour is not None:
+            wrap = _streaming_within if kind.endswith("_stream") else _within
+            return handler._replace(**{kind: wrap(behaviour, scope_of)})  # type: ignore[no-any-return]
+    raise MigrateError("gRPC has a new kind of call")
+
+
+def _within(behaviour: Callable[..., Any], scope_of: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(behaviour)
     def call(request: Any, context: grpc.ServicerContext) -> Any:
-        try:
-            return method(request, context)
-        except MigrateError as error:
-            abort(context, error)
+        with scope_of(context):
+            return behaviour(request, context)
 
     return call
 
 
-def _guarded_stream(
-    method: Callable[[Any, grpc.ServicerContext], Iterator[Any]],
-) -> Callable[[Any, grpc.ServicerContext], Iterator[Any]]:
-    @functools.wraps(method)
+def _streaming_within(behaviour: Callable[..., Iterator[Any]], scope_of: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(behaviour)
     def call(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
-        try:
-            yield from method(request, context)
-        except MigrateError as error:
-            abort(context, error)
+        with scope_of(context):
+            yield from behaviour(request, context)
 
     return call
 
