@@ -206,6 +206,9 @@ class PostcopyPausedError(MigrateError):
     default_holder = GuestHolder.SPLIT
 
 
+LOST_REMEDY = "restore the guest from a backup"
+
+
 class GuestLostError(MigrateError):
     """A half of the guest is gone for good."""
 

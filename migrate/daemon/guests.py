@@ -8,6 +8,7 @@ from pathlib import Path
 
 from migrate.daemon.limits import GUESTS_MAX
 from migrate.errors import (
+    LOST_REMEDY,
     AlreadyExistsError,
     GuestBusyError,
     GuestGoneError,
@@ -246,7 +247,7 @@ def _check_free(guest: HostedGuest) -> None:
         raise GuestLostError(
             f"a migration of guest {guest.spec.name!r} failed after its vCPUs had left: what is here is not whole",
             holder=GuestHolder.UNSPECIFIED,
-            remedy="delete it, and restore the guest from a backup",
+            remedy=f"delete it, and {LOST_REMEDY}",
         )
     if guest.migration_id:
         raise GuestBusyError(f"guest {guest.spec.name!r} is being moved by migration {guest.migration_id}")

@@ -3,6 +3,7 @@
 from migrate.daemon.guests import GuestRegistry, HostedGuest
 from migrate.error_info import error_info, wire_holder
 from migrate.errors import (
+    LOST_REMEDY,
     AttemptLostError,
     GuestBusyError,
     GuestGoneError,
@@ -43,7 +44,7 @@ def end_of(
     if holder is GuestHolder.NONE:
         error = GuestLostError(
             "the guest process at the destination died with its daemon, after its vCPUs may have run",
-            remedy="restore the guest from a backup",
+            remedy=LOST_REMEDY,
         )
     return types.Migration(
         migration_id=entry.migration_id,

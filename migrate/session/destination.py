@@ -13,6 +13,7 @@ from collections.abc import Callable
 from migrate.barriers import Point, reach
 from migrate.config import PEER_TIMEOUT_DEFAULT_US, SWITCHOVER_DEADLINE_S, Endpoint
 from migrate.errors import (
+    LOST_REMEDY,
     AttemptLostError,
     GuestBusyError,
     GuestGoneError,
@@ -30,7 +31,7 @@ from migrate.session.arrival import Arrival, SourceLink, Twin
 from migrate.session.ledger import Ledger
 from migrate.session.page_flow import FetcherOf, PageFlow
 from migrate.session.ports import Journal, PeerOf
-from migrate.session.record import LOST_REMEDY, MigrationRecord, nothing_to_recover
+from migrate.session.record import MigrationRecord, nothing_to_recover
 from migrate.session.refusals import as_lost_attempt, why_not_prepared, why_not_running
 from migrate.session.rules import check_token
 from migrate.session.states import Event, Machine, Side, State
@@ -333,7 +334,7 @@ class DestinationSession:
         """The source listens there now, or still where it was."""
         self._link.connect_anew(source)
         if source is not None:
-            self.record.update(lambda migration: _note_peer(migration, str(source)))
+            self.record.update(lambda migration: figures.note_peer(migration, str(source)))
             with contextlib.suppress(StateDirError):  # found out again, if need be
                 self._ledger.save()
 
@@ -478,7 +479,3 @@ class DestinationSession:
 
 def _note_generation(migration: types.Migration, generation: int) -> None:
     migration.generation = generation
-
-
-def _note_peer(migration: types.Migration, peer: str) -> None:
-    migration.peer = peer

@@ -21,6 +21,11 @@ def note_transport(
     migration.compression = types.PageCompression.ValueType(compression)
 
 
+def note_peer(migration: types.Migration, peer: str) -> None:
+    """Where the other daemon is now."""
+    migration.peer = peer
+
+
 def note_touches(migration: types.Migration, touches: int) -> None:
     """The guest's touches when its vCPUs stopped."""
     migration.guest_touches = migration.guest_touches_at_switchover = touches

@@ -65,11 +65,6 @@ class PageFlow:
         return self._pager is not None
 
     @property
-    def is_fetching(self) -> bool:
-        """Whether a fetcher was started."""
-        return self._is_fetching
-
-    @property
     def failure(self) -> MigrateError | None:
         """Why pages do not come now; None if they do."""
         return self._failure

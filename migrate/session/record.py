@@ -4,13 +4,11 @@ import threading
 from collections.abc import Callable
 
 from migrate.error_info import error_info, wire_holder
-from migrate.errors import GuestBusyError, GuestHolder, GuestLostError, MigrateError
+from migrate.errors import LOST_REMEDY, GuestBusyError, GuestHolder, GuestLostError, MigrateError
 from migrate.session.states import Event, Machine, Side, State
 from migrate.telemetry.clock import Clock
 from migrate.units import PAGE_SIZE_BYTES
 from migrate.v1 import types_pb2 as types
-
-LOST_REMEDY = "restore the guest from a backup"
 
 
 class MigrationRecord:

@@ -83,7 +83,7 @@ class DestinationLink:
             self._saved.to = str(destination)
             before, self._peer = self._peer, self._connect()
             self._must_announce = True
-            record.update(lambda migration: _note_peer(migration, str(destination)))
+            record.update(lambda migration: figures.note_peer(migration, str(destination)))
         before.close()
         if has_moved:
             self._on_moved()
@@ -201,7 +201,3 @@ class Serving:
         with self._record.lock:
             if self._record.can(Event.LINK_LOST):
                 self._record.on(Event.LINK_LOST, error)
-
-
-def _note_peer(migration: types.Migration, peer: str) -> None:
-    migration.peer = peer
