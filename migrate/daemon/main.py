@@ -132,14 +132,9 @@ class Daemon:
 
     def _build_control_server(self) -> grpc.Server:
         interceptors: list[grpc.ServerInterceptor] = [ErrorInterceptor()]
-        check_reader = None
-        if self._tls is not None:
-            access = Access(self._tls.files)
+        access = None if self._tls is None else Access(self._tls.files)
+        if access is not None:
             interceptors.append(AccessInterceptor(access))
-
-            def check_reader(migration_id: str, context: grpc.ServicerContext) -> None:
-                access.check_reader(migration_id, self._migrations.reader_host(migration_id), context)
-
         server = grpc.server(
             futures.ThreadPoolExecutor(CALLS_MAX, "control"),
             interceptors=[LimitInterceptor(), *interceptors],
@@ -151,7 +146,9 @@ class Daemon:
             MigrationServicer(self._migrations, self.stopping), server
         )
         transfer_service_pb2_grpc.add_TransferServiceServicer_to_server(TransferServicer(self._migrations), server)
-        page_service_pb2_grpc.add_PageServiceServicer_to_server(PageServicer(self._exports, check_reader), server)
+        page_service_pb2_grpc.add_PageServiceServicer_to_server(
+            PageServicer(self._exports, None if access is None else access.check_reader), server
+        )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection((*_SERVICE_NAMES, reflection.SERVICE_NAME), server)
         return server

@@ -163,14 +163,6 @@ class MigrationRegistry:
         self._begin_source(entry, guest)
         return migration_id
 
-    def reader_host(self, migration_id: str) -> str:
-        """Which host alone may have the pages of a migration that leaves here: the one where it goes.
-
-        Raises:
-            NotFoundError: no such migration leaves here.
-        """
-        return Endpoint.parse(self._outgoing(migration_id).record.snapshot().peer).host
-
     def complete(self, request: transfer.CompleteRequest) -> None:
         """END of a migration that left here. Repeating it is harmless.
 
