@@ -552,9 +552,10 @@ class MigrationRegistry:
             is_past = record.is_final and record.holder is GuestHolder.SOURCE
             if is_past and self._records.get(migration_id) is record:
                 self._add_ended(migration_id)
+                self._shrink_older()
 
     def _add_ended(self, migration_id: str) -> None:
-        """Remember less of the older ones, under the lock."""
+        """Forget the oldest, if there are too many; under the lock."""
         self._ended_s.pop(migration_id, None)
         self._ended_s[migration_id] = time.monotonic()
         if len(self._ended_s) > ENDED_MAX:
@@ -563,6 +564,9 @@ class MigrationRegistry:
             for known in (self._past, self._records, self._sources, self._destinations):
                 known.pop(forgotten, None)
             self._journal.forget(forgotten)
+
+    def _shrink_older(self) -> None:
+        """Of the older ended sessions, only what is written down of them stays; under the lock."""
         whole = [
             session
             for ended in self._ended_s
