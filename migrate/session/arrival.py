@@ -3,7 +3,6 @@
 Nothing here can go back. Pages that stay away are waited for; the operator may have said for how long.
 """
 
-import random
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from migrate.errors import (
     PostcopyPausedError,
 )
 from migrate.native.pager import PagerStoppedError
-from migrate.session.backoff import Backoff
+from migrate.session.backoff import between_tries
 from migrate.session.ledger import Ledger
 from migrate.session.page_flow import PageFlow
 from migrate.session.ports import GuestPort, PeerOf, PeerPort
@@ -30,8 +29,6 @@ from migrate.v1 import transfer_service_pb2 as transfer
 from migrate.v1 import types_pb2 as types
 
 _POLL_US = 100_000
-_RETRY_FIRST_S = 0.1
-_RETRY_MAX_S = 2.0
 # Pages that flowed for so long were lost by something new.
 _STEADY_US = 2_000_000
 _LOOK_S = 0.1
@@ -136,7 +133,7 @@ class Arrival:
         self._latencies = FaultLatencies()
         self._stopping = threading.Event()
         self._forced = threading.Event()
-        self._backoff = Backoff(_RETRY_FIRST_S, _RETRY_MAX_S, random.Random())  # noqa: S311 - jitter, no secret
+        self._backoff = between_tries()
         self._recovered_us = self._moved_us = clock.now_us()
         self._missing_pages = 0
 
@@ -272,7 +269,7 @@ class Arrival:
 
     def _report_end(self) -> None:
         """Tell the source until it has heard: only its answer is END."""
-        backoff = Backoff(_RETRY_FIRST_S, _RETRY_MAX_S, random.Random())  # noqa: S311 - jitter, no secret
+        backoff = between_tries()
         while not self._stopping.is_set():
             request = transfer.CompleteRequest(
                 migration_id=self._record.migration_id, token=self._saved.token, migration=self._record.snapshot()

@@ -2,6 +2,8 @@
 
 import random
 
+RETRY_FIRST_S = 0.1
+RETRY_MAX_S = 2.0
 _FACTOR = 2.0
 
 
@@ -28,3 +30,8 @@ class Backoff:
     def reset(self) -> None:
         """It worked: the next pause is a first one."""
         self._next_s = self._first_s
+
+
+def between_tries() -> Backoff:
+    """Pauses of whoever tries to reach a peer again."""
+    return Backoff(RETRY_FIRST_S, RETRY_MAX_S, random.Random())  # noqa: S311 - jitter, no secret

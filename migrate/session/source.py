@@ -27,7 +27,7 @@ from migrate.errors import (
 from migrate.native.exports import Exports
 from migrate.session import figures
 from migrate.session.attempt import Attempt, CancelledError, Outgoing, StoppedError
-from migrate.session.backoff import Backoff
+from migrate.session.backoff import RETRY_MAX_S, Backoff
 from migrate.session.convergence import DOWNTIME_LIMIT_DEFAULT_US, Terms
 from migrate.session.ledger import Ledger
 from migrate.session.ports import GuestPort, Journal, PeerOf
@@ -35,7 +35,7 @@ from migrate.session.record import MigrationRecord, nothing_to_recover
 from migrate.session.rules import check_terms, check_token, choose_mode, choose_transport
 from migrate.session.serving import LOST_WORDS, DestinationLink, Serving
 from migrate.session.states import FINAL_STATES, Event, Machine, Side, State
-from migrate.session.two_generals import RETRY_FIRST_S, RETRY_MAX_S, learn_whether_it_runs
+from migrate.session.two_generals import learn_whether_it_runs
 from migrate.telemetry.clock import Clock
 from migrate.v1 import daemon_state_pb2 as saved
 from migrate.v1 import transfer_service_pb2 as transfer
@@ -46,6 +46,9 @@ _CANCEL_DEADLINE_S = 60.0
 # So often, and for so many times the peer's timeout, a destination that was reached once is tried again.
 _ATTEMPTS_MAX = 16
 _LOST_TIMEOUTS_MAX = 12
+# Each costs the destination a guest process.
+_ATTEMPT_FIRST_S = 0.2
+_ATTEMPT_MAX_S = 3.2
 _AFTER_SWITCHOVER = (State.SWITCHOVER, State.POSTCOPY, State.POSTCOPY_PAUSED, State.POSTCOPY_RECOVER)
 
 
@@ -100,6 +103,7 @@ class SourceSession:
         self._stopping = threading.Event()
         self._forced = threading.Event()
         self._attempt: Attempt | None = None
+        self._between_attempts = Backoff(_ATTEMPT_FIRST_S, _ATTEMPT_MAX_S, random.Random())  # noqa: S311 - jitter
         self._lost_us: int | None = None
         self._is_reached = self._is_taken_up
         self._serving: Serving | None = None
@@ -360,8 +364,7 @@ class SourceSession:
             if self.record.state is State.CANCELLING:
                 raise CancelledError("cancelled")
             self.record.on(Event.RETRY, error)
-        backoff = Backoff(RETRY_FIRST_S * 2 ** min(self._saved.attempt, 5), RETRY_MAX_S, random.Random())  # noqa: S311
-        self._pause_between(backoff.next_s())
+        self._pause_between(self._between_attempts.next_s())
 
     def _resume_guest(self, error: MigrateError) -> None:
         if self._guest is None:

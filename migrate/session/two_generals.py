@@ -5,19 +5,16 @@ and never will), or refused, because vCPUs run there or may soon; then GetIncomi
 silence, tells anything.
 """
 
-import random
 from collections.abc import Callable
 
 from migrate.errors import AttemptLostError, GuestBusyError, MigrateError, MigrationAbortedError
-from migrate.session.backoff import Backoff
+from migrate.session.backoff import between_tries
 from migrate.session.ports import PeerPort
 from migrate.session.precopy import gave_up
 from migrate.session.record import MigrationRecord
 from migrate.session.states import State
 from migrate.v1 import types_pb2 as types
 
-RETRY_FIRST_S = 0.1
-RETRY_MAX_S = 2.0
 _RUNNING_STATES = frozenset(
     {
         types.MIGRATION_STATE_POSTCOPY,
@@ -47,7 +44,7 @@ def learn_whether_it_runs(
     Raises:
         MigrationAbortedError: it never ran there and never will; an AttemptLostError if another try may fare better.
     """
-    backoff = Backoff(RETRY_FIRST_S, RETRY_MAX_S, random.Random())  # noqa: S311 - jitter, no secret
+    backoff = between_tries()
     while record.state is State.SWITCHOVER:
         try:
             runs, never = _fence_or_see_it_run(record.migration_id, peer_now(), attempt, lost)

@@ -16,7 +16,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from migrate.session import arrival, convergence, destination, precopy, serving, source, two_generals
+from migrate.session import arrival, backoff, convergence, destination, precopy, serving, source
 from migrate.session.states import State
 from migrate.v1 import types_pb2 as types
 from tests.harness.model import LONG_US, Model, Plan
@@ -47,13 +47,13 @@ TRAFFIC = (
 )
 # What the sessions wait by themselves between two looks; the order of things is the model's.
 FAST = {
-    source: {"_POLL_S": 0.001, "RETRY_FIRST_S": 0.001, "RETRY_MAX_S": 0.001, "_ATTEMPTS_MAX": 4},
+    source: {"_POLL_S": 0.001, "_ATTEMPT_FIRST_S": 0.001, "_ATTEMPT_MAX_S": 0.001, "_ATTEMPTS_MAX": 4},
     serving: {"_POLL_S": 0.001},
-    two_generals: {"RETRY_FIRST_S": 0.001, "RETRY_MAX_S": 0.001},
+    backoff: {"RETRY_FIRST_S": 0.001, "RETRY_MAX_S": 0.001},
     precopy: {"_AWAIT_US": 1_000},
     convergence: {"SETTLED_PAGES": 2},
     destination: {"_POLL_US": 1_000, "_OBSERVE_S": 0.001},
-    arrival: {"_POLL_US": 1_000, "_RETRY_FIRST_S": 0.001, "_RETRY_MAX_S": 0.001},
+    arrival: {"_POLL_US": 1_000},
 }
 SOURCE_METHODS = ("pause", "save_state", "start_dirty_log", "sync_dirty_log")
 TWIN_METHODS = ("arm", "load_state", "resume")

@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from migrate.errors import GuestBusyError, GuestHolder
-from migrate.session import arrival, destination, precopy, serving, source, two_generals
+from migrate.session import backoff, destination, precopy, serving, source
 from migrate.session.states import State
 from migrate.v1 import types_pb2 as types
 from tests.harness.model import LONG_US, Model, Plan
@@ -26,11 +26,12 @@ def start(monkeypatch):
     """Makes a model of a migration; whatever a test did to it, the whole guest is somewhere at the end."""
     monkeypatch.setattr(source, "_POLL_S", 0.001)
     monkeypatch.setattr(serving, "_POLL_S", 0.001)
-    for module in (source, two_generals):
-        monkeypatch.setattr(module, "RETRY_FIRST_S", 0.001)
-        monkeypatch.setattr(module, "RETRY_MAX_S", 0.001)
-    for name in ("_RETRY_FIRST_S", "_RETRY_MAX_S"):
-        monkeypatch.setattr(arrival, name, 0.001)
+    for module, first, longest in (
+        (backoff, "RETRY_FIRST_S", "RETRY_MAX_S"),
+        (source, "_ATTEMPT_FIRST_S", "_ATTEMPT_MAX_S"),
+    ):
+        monkeypatch.setattr(module, first, 0.001)
+        monkeypatch.setattr(module, longest, 0.001)
     monkeypatch.setattr(precopy, "_AWAIT_US", 1_000)
     monkeypatch.setattr(destination, "_OBSERVE_S", 0.001)
     made = []
