@@ -8,8 +8,7 @@ import grpc
 
 from migrate.v1 import migration_service_pb2 as migration
 from migrate.v1 import types_pb2 as types
-from tests.harness.daemons import DaemonProcess
-from tests.harness.fault_proxy import FaultProxy
+from tests.harness.proxied import ProxiedDaemon
 
 NAME = "g"
 ASK_S = 2
@@ -17,8 +16,6 @@ POLL_S = 0.02
 SETTLE_S = 15
 # What a call to a daemon that is being killed raises: the last one, if its channel was closed under it.
 NO_ANSWER = (grpc.RpcError, ValueError)
-# Nothing listens there.
-_NOWHERE = "127.0.0.1:1"
 
 
 class ChaosError(Exception):
@@ -32,17 +29,9 @@ class Side:
         self.name = name
         self.state_dir, self.log = directory / name, directory / f"{name}.log"
         self.socket = self.state_dir / "guests" / f"{NAME}.sock"
-        # Where they lead is known once the daemon is there, which must know their addresses first.
-        self.control, self.pages = FaultProxy(_NOWHERE, chooser), FaultProxy(_NOWHERE, chooser)
         self.lock = threading.Lock()
-        self.daemon = DaemonProcess(
-            options=["--advertise", self.control.address, "--advertise-pages", self.pages.address],
-            env=env,
-            state_dir=self.state_dir,
-            log=self.log,
-        )
-        self.control.retarget(self.daemon.address)
-        self.pages.retarget(self.daemon.page_address)
+        self.daemon = ProxiedDaemon(chooser=chooser, env=env, state_dir=self.state_dir, log=self.log)
+        self.control, self.pages = self.daemon.control_link, self.daemon.page_link
 
     def record(self, migration_id):
         """What the daemon says of a migration; None while it says nothing."""
@@ -59,13 +48,10 @@ class Side:
 
     def heal(self):
         """Links are whole, and stay so."""
-        self.control.calm()
-        self.pages.calm()
+        self.daemon.calm()
 
     def close(self):
         self.daemon.close()
-        self.control.close()
-        self.pages.close()
 
 
 def wait_for(predicate, what):
