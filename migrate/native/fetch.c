@@ -106,11 +106,6 @@ static bool wait_for_work(struct mig_link *link, int uffd, uint64_t timeout_ns, 
     return has_unseen || fds[ON_SOCKET].revents & ~POLLOUT;
 }
 
-static uint64_t sooner(uint64_t a, uint64_t b)
-{
-    return a < b ? a : b;
-}
-
 /* Once no page is missing, ends the call; the other thread learns it too. */
 static void end_if_complete(struct mig_link *link, uint64_t now_ns)
 {
@@ -179,7 +174,7 @@ static void *urgent_thread(void *argument)
         const uint64_t patience_ns = mig_link_patience_ns(link, mig_now_ns());
         bool has_fault = false;
         const bool is_readable = wait_for_work(link, can_fault ? mig_pager_uffd(fetch->pager) : -1,
-                                               probes ? sooner(PROBE_NS, patience_ns) : patience_ns, &has_fault);
+                                               probes ? mig_smaller(PROBE_NS, patience_ns) : patience_ns, &has_fault);
         const uint64_t now_ns = mig_now_ns();
 
         if (has_fault)
@@ -278,7 +273,7 @@ static void *background_thread(void *argument)
         bool has_fault;
         const uint64_t patience_ns = mig_link_patience_ns(link, now_ns);
         if ((link->h2 && mig_h2_has_more(link->h2)) ||
-            wait_for_work(link, -1, cap_ns ? sooner(cap_ns, patience_ns) : patience_ns, &has_fault))
+            wait_for_work(link, -1, cap_ns ? mig_smaller(cap_ns, patience_ns) : patience_ns, &has_fault))
             mig_link_step(link, true, mig_now_ns());
     }
     __atomic_store_n(&fetch->is_background_busy, false, __ATOMIC_RELAXED);

@@ -1,19 +1,16 @@
 #include "order.h"
 
+#include "units.h"
+
 /* A bubble ends where this much further on nothing is left to ask for. */
 enum { REACH_PAGES = 4096 };
-
-static uint64_t smaller(uint64_t a, uint64_t b)
-{
-    return a < b ? a : b;
-}
 
 /* The run that begins at a page that may be asked for, within [page, end). */
 static uint32_t run_at(const struct mig_bitmap *missing, const struct mig_bitmap *requested, uint64_t page,
                        uint64_t end)
 {
-    end = smaller(end, mig_bitmap_next_clear(missing, page));
-    return (uint32_t)(smaller(end, mig_bitmap_next_set(requested, page)) - page);
+    end = mig_smaller(end, mig_bitmap_next_clear(missing, page));
+    return (uint32_t)(mig_smaller(end, mig_bitmap_next_set(requested, page)) - page);
 }
 
 void mig_order_on_fault(struct mig_order *order, uint64_t page)
@@ -42,7 +39,7 @@ static uint32_t next_above(struct mig_bubble *bubble, const struct mig_bitmap *m
 {
     const uint64_t page = mig_bitmap_next_set_without(missing, requested, bubble->high);
 
-    if (page >= smaller(missing->bits, bubble->high + REACH_PAGES))
+    if (page >= mig_smaller(missing->bits, bubble->high + REACH_PAGES))
         return 0;
     const uint32_t count = run_at(missing, requested, page, page + max_pages);
     bubble->high = page + count;

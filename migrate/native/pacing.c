@@ -27,11 +27,6 @@ static uint64_t larger(uint64_t a, uint64_t b)
     return a > b ? a : b;
 }
 
-static uint64_t smaller(uint64_t a, uint64_t b)
-{
-    return a < b ? a : b;
-}
-
 /* Bytes that a rate delivers in a time; both are below 2^40. */
 static uint64_t delivered_in(uint64_t rate_bytes_per_s, uint64_t duration_ns)
 {
@@ -42,12 +37,12 @@ static void resize(struct mig_window *window, uint64_t bytes)
 {
     /* A path of two round trips' worth of bytes lets the window double as long as that pays. */
     const uint64_t path_bytes = 2 * delivered_in(window->rate_bytes_per_s, window->base_rtt_ns);
-    const uint64_t most = smaller(WINDOW_BYTES_MAX, larger(WINDOW_BYTES_ENOUGH, path_bytes));
+    const uint64_t most = mig_smaller(WINDOW_BYTES_MAX, larger(WINDOW_BYTES_ENOUGH, path_bytes));
 
-    window->bytes = larger(WINDOW_BYTES_MIN, smaller(bytes, most));
-    window->kept_bytes = smaller(window->bytes / 4 * 3, larger(KEPT_BYTES_ENOUGH, path_bytes));
+    window->bytes = larger(WINDOW_BYTES_MIN, mig_smaller(bytes, most));
+    window->kept_bytes = mig_smaller(window->bytes / 4 * 3, larger(KEPT_BYTES_ENOUGH, path_bytes));
     const uint64_t run_pages = mig_offset_page(window->bytes / RUNS_PER_WINDOW);
-    window->run_pages = (uint32_t)larger(RUN_PAGES_MIN, smaller(run_pages, RUN_PAGES_MAX));
+    window->run_pages = (uint32_t)larger(RUN_PAGES_MIN, mig_smaller(run_pages, RUN_PAGES_MAX));
 }
 
 void mig_window_init(struct mig_window *window, uint64_t now_ns, uint64_t base_rtt_ns)
@@ -87,13 +82,13 @@ static void measure_rate(struct mig_window *window, uint64_t now_ns)
 static void measure_queue(struct mig_window *window, uint64_t smallest_rtt_ns)
 {
     const uint64_t wait_ns = smallest_rtt_ns - window->base_rtt_ns;
-    const uint64_t queue_ns = wait_ns - smaller(wait_ns, window->foreign_ns);
-    const uint64_t dropped_ns = window->queue_ns - smaller(window->queue_ns, queue_ns);
-    const uint64_t surprise_ns = window->expected_drop_ns - smaller(window->expected_drop_ns, dropped_ns);
+    const uint64_t queue_ns = wait_ns - mig_smaller(wait_ns, window->foreign_ns);
+    const uint64_t dropped_ns = window->queue_ns - mig_smaller(window->queue_ns, queue_ns);
+    const uint64_t surprise_ns = window->expected_drop_ns - mig_smaller(window->expected_drop_ns, dropped_ns);
 
     window->foreign_ns -= window->foreign_ns / FOREIGN_FADES;
-    window->foreign_ns = smaller(window->foreign_ns + surprise_ns, wait_ns);
-    window->queue_ns = wait_ns - smaller(wait_ns, window->foreign_ns);
+    window->foreign_ns = mig_smaller(window->foreign_ns + surprise_ns, wait_ns);
+    window->queue_ns = wait_ns - mig_smaller(wait_ns, window->foreign_ns);
 }
 
 void mig_window_tick(struct mig_window *window, uint64_t now_ns, struct mig_rtts rtts)
@@ -114,7 +109,7 @@ void mig_window_tick(struct mig_window *window, uint64_t now_ns, struct mig_rtts
         resize(window, 2 * before_bytes);
     } else if (window->queue_ns > target_ns) {
         const uint64_t excess = delivered_in(window->rate_bytes_per_s, window->queue_ns - target_ns);
-        resize(window, before_bytes - smaller(excess, before_bytes / SHRINKS_BY));
+        resize(window, before_bytes - mig_smaller(excess, before_bytes / SHRINKS_BY));
         if (window->rate_bytes_per_s)
             window->expected_drop_ns = (before_bytes - window->bytes) * SECOND_NS / window->rate_bytes_per_s;
     } else {

@@ -7,21 +7,16 @@
 static const uint64_t PING_MAX_NS = 1000000000u, PROVEN_MAX_NS = 1000000000u;
 static const uint64_t BACKOFF_FIRST_NS = 20000000u, BACKOFF_MAX_NS = 1000000000u;
 
-static uint64_t smaller(uint64_t a, uint64_t b)
-{
-    return a < b ? a : b;
-}
-
 struct mig_patience mig_patience_of(uint64_t peer_timeout_us)
 {
     const uint64_t peer_timeout_ns = (peer_timeout_us ? peer_timeout_us : MIG_PEER_TIMEOUT_US) * 1000;
 
     return (struct mig_patience){
-        .ping_ns = smaller(peer_timeout_ns / 5, PING_MAX_NS),
+        .ping_ns = mig_smaller(peer_timeout_ns / 5, PING_MAX_NS),
         .silent_ns = peer_timeout_ns / 2,
         .unanswered_ns = peer_timeout_ns * 2,
         .lost_ns = peer_timeout_ns / 2,
-        .proven_ns = smaller(peer_timeout_ns / 5, PROVEN_MAX_NS),
+        .proven_ns = mig_smaller(peer_timeout_ns / 5, PROVEN_MAX_NS),
         .connect_ns = peer_timeout_ns / 10,
     };
 }
@@ -52,6 +47,6 @@ uint64_t mig_backoff_next_ns(struct mig_backoff *backoff)
 {
     const uint64_t longest_ns = backoff->pause_ns;
 
-    backoff->pause_ns = longest_ns ? smaller(longest_ns * 2, BACKOFF_MAX_NS) : BACKOFF_FIRST_NS;
+    backoff->pause_ns = longest_ns ? mig_smaller(longest_ns * 2, BACKOFF_MAX_NS) : BACKOFF_FIRST_NS;
     return longest_ns - next_random(backoff) % (longest_ns / 2 + 1);
 }

@@ -17,6 +17,11 @@ static inline uint64_t mig_offset_page(uint64_t offset)
     return offset >> MIG_PAGE_SHIFT;
 }
 
+static inline uint64_t mig_smaller(uint64_t a, uint64_t b)
+{
+    return a < b ? a : b;
+}
+
 /** CLOCK_MONOTONIC, nanoseconds. */
 static inline uint64_t mig_now_ns(void)
 {
