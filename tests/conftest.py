@@ -1,12 +1,16 @@
 """Skips with their reasons, which MIGRATE_TEST_REQUIRE=kvm,uffd,root turns into failures; hypothesis profiles."""
 
 import os
+import signal
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 from migrate.errors import UffdUnavailableError
 from migrate.native.uffd import open_uffd
+
+# What a shell starts in the background ignores SIGINT, and so would the programs that the tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("default", deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("thorough", deadline=None, max_examples=2000, suppress_health_check=[HealthCheck.too_slow])
