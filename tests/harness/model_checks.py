@@ -84,6 +84,8 @@ def _check_destination_memory(model):
 
 def _has_given_up(model):
     """Whether an attempt is over that the destination has not heard of yet: the log ends before the guest runs on."""
+    if model.source_state is State.PRECOPY:
+        return model.source.has_ended_log  # none yet is another thing: what is copied then must be right
     is_between = model.source_state in (State.SETUP, State.SWITCHOVER)
     return is_between and model.source.is_running and not model.source.is_logging
 

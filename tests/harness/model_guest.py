@@ -68,6 +68,7 @@ class ModelGuest:
         self.hva = ctypes.addressof(ctypes.c_char.from_buffer(self._ram))
         self._uffd = None
         self._log_memfd = None
+        self.has_ended_log = False
         self.dirty = set()
         self.taken = set()  # synced, so the source owes its destination these
         self.kept = set()  # of the log, told once
@@ -130,6 +131,7 @@ class ModelGuest:
         if self._log_memfd is None:
             self._log_memfd = make_memfd("model-dirty", -(-self.pages // 64) * 8)
         self.dirty = set()
+        self.has_ended_log = False
         return os.dup(self._log_memfd)
 
     def sync_dirty_log(self, *, keep=False):
@@ -151,6 +153,7 @@ class ModelGuest:
         if self._log_memfd is not None:
             os.close(self._log_memfd)
             self._log_memfd = None
+            self.has_ended_log = True
 
     def statistics(self):
         self._enter("statistics")
