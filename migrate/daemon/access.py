@@ -2,14 +2,15 @@
 
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grpc
 
-from migrate.daemon.status import within
-from migrate.errors import MigrateError, PeerNotTrustedError, PermissionDeniedError
-from migrate.tls import Identity, Role, TlsFiles, identity_of_pem
+from migrate.daemon.status import BeforeEach, within
+from migrate.errors import PeerNotTrustedError, PermissionDeniedError
+from migrate.tls import LOOK_INTERVAL_S, Identity, Role, TlsFiles, identity_of_pem
 
 _log = logging.getLogger(__name__)
 
@@ -111,8 +112,8 @@ class Access:
             )
         return identity
 
-    def check_reader(self, migration_id: str, host: str, context: grpc.ServicerContext) -> None:
-        """Let the caller have the pages of a migration that goes to a host, or not.
+    def check_party(self, migration_id: str, host: str, context: grpc.ServicerContext) -> None:
+        """Let the caller have a part in a migration whose other side is a host, or not.
 
         Raises:
             PeerNotTrustedError: nobody whom we know.
@@ -121,12 +122,30 @@ class Access:
         identity = self.identify(context)
         if not identity.is_valid_for(host):
             raise PermissionDeniedError(
-                f"migration {migration_id!r} goes to {host}: the certificate of {identity.name!r} is not valid for that"
+                f"the other side of migration {migration_id!r} is {host}:"
+                f" the certificate of {identity.name!r} is not valid for that"
             )
 
 
+def _now_and_then(check: Callable[[], None]) -> BeforeEach:
+    """A check that has just been done, and is done again when what it looks at may have changed."""
+    done_s = time.monotonic()
+
+    def before_each() -> None:
+        nonlocal done_s
+        now_s = time.monotonic()
+        if now_s - done_s >= LOOK_INTERVAL_S:
+            done_s = now_s
+            check()
+
+    return before_each
+
+
 class AccessInterceptor(grpc.ServerInterceptor):
-    """Asks Access before every call of every service; stands within ErrorInterceptor, which answers refusals."""
+    """Asks Access before every call of every service, and every second of one that streams its answers.
+
+    Stands within ErrorInterceptor, which answers refusals.
+    """
 
     def __init__(self, access: Access) -> None:
         self._access = access
@@ -141,10 +160,13 @@ class AccessInterceptor(grpc.ServerInterceptor):
         return within(continuation(handler_call_details), lambda context: self._checked(method, context))
 
     @contextlib.contextmanager
-    def _checked(self, method: str, context: grpc.ServicerContext) -> Iterator[None]:
-        try:
+    def _checked(self, method: str, context: grpc.ServicerContext) -> Iterator[BeforeEach]:
+        def check() -> None:
             self._access.check_call(method, context)
-        except MigrateError as error:
+
+        try:
+            check()
+            yield _now_and_then(check)
+        except (PeerNotTrustedError, PermissionDeniedError) as error:
             _log.warning("a call from %s was refused: %s", context.peer(), error.message)
             raise
-        yield

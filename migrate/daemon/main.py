@@ -132,9 +132,11 @@ class Daemon:
 
     def _build_control_server(self) -> grpc.Server:
         interceptors: list[grpc.ServerInterceptor] = [ErrorInterceptor()]
-        access = None if self._tls is None else Access(self._tls.files)
-        if access is not None:
+        check_party = None
+        if self._tls is not None:
+            access = Access(self._tls.files)
             interceptors.append(AccessInterceptor(access))
+            check_party = access.check_party
         server = grpc.server(
             futures.ThreadPoolExecutor(CALLS_MAX, "control"),
             interceptors=[LimitInterceptor(), *interceptors],
@@ -145,10 +147,10 @@ class Daemon:
         migration_service_pb2_grpc.add_MigrationServiceServicer_to_server(
             MigrationServicer(self._migrations, self.stopping), server
         )
-        transfer_service_pb2_grpc.add_TransferServiceServicer_to_server(TransferServicer(self._migrations), server)
-        page_service_pb2_grpc.add_PageServiceServicer_to_server(
-            PageServicer(self._exports, None if access is None else access.check_reader), server
+        transfer_service_pb2_grpc.add_TransferServiceServicer_to_server(
+            TransferServicer(self._migrations, check_party), server
         )
+        page_service_pb2_grpc.add_PageServiceServicer_to_server(PageServicer(self._exports, check_party), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection((*_SERVICE_NAMES, reflection.SERVICE_NAME), server)
         return server

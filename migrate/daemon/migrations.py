@@ -291,6 +291,13 @@ class MigrationRegistry:
             return self._outgoing(request.migration_id).resume(request.token, control_endpoint)
         return resume_past(past, request)
 
+    def peer_host(self, migration_id: str) -> str:
+        """The host of a migration's other side; empty if no such migration is here, or none of another daemon."""
+        with self._lock:
+            record = self._records.get(migration_id)
+        peer = record.peer if record is not None else ""
+        return Endpoint.parse(peer).host if peer else ""
+
     # ---- for operators ----
 
     def start_switchover(self, migration_id: str) -> None:

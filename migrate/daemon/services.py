@@ -1,11 +1,12 @@
 """The gRPC face of the registries: each method takes a message apart, calls one thing, and puts an answer together."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from urllib.parse import unquote
 
 import grpc
 
+from migrate.daemon.entries import reachable
 from migrate.daemon.guests import GuestRegistry
 from migrate.daemon.migrations import MigrationRegistry
 from migrate.errors import ConfigError
@@ -23,6 +24,9 @@ _AUDIT_DEADLINE_US = 120_000_000
 _WATCH_INTERVAL_MIN_US = 10_000
 _WATCH_INTERVAL_MAX_US = 3_600_000_000
 _WATCH_POLL_S = 0.5
+
+# Migration, host, the call.
+CheckParty = Callable[[str, str, grpc.ServicerContext], None]
 
 
 class GuestServicer(guest_rpc.GuestServiceServicer):
@@ -140,43 +144,64 @@ class MigrationServicer(migration_rpc.MigrationServiceServicer):
 
 
 class TransferServicer(transfer_rpc.TransferServiceServicer):
-    """Migrations, for the other daemon."""
+    """Migrations, for the other daemon.
 
-    def __init__(self, migrations: MigrationRegistry) -> None:
+    Args:
+        migrations: Those of this daemon.
+        check_party: Raises if the caller is not the host that is named as the other side of a migration.
+    """
+
+    def __init__(self, migrations: MigrationRegistry, check_party: CheckParty | None = None) -> None:
         self._migrations = migrations
+        self._check_party = check_party
 
     def Prepare(self, request: transfer.PrepareRequest, context: grpc.ServicerContext) -> transfer.PrepareResponse:
-        return self._migrations.prepare(request, _peer_host(context.peer()))
+        peer_host = _peer_host(context.peer())
+        self._check(request.migration_id, context, reachable(request.control_endpoint, peer_host).host)
+        return self._migrations.prepare(request, peer_host)
 
     def Invalidate(
         self, request: transfer.InvalidateRequest, context: grpc.ServicerContext
     ) -> transfer.InvalidateResponse:
+        self._check(request.migration_id, context)
         self._migrations.invalidate(request)
         return transfer.InvalidateResponse()
 
     def Switchover(
         self, request: transfer.SwitchoverRequest, context: grpc.ServicerContext
     ) -> transfer.SwitchoverResponse:
+        self._check(request.migration_id, context)
         return self._migrations.switch_over(request)
 
     def GetIncoming(
         self, request: transfer.GetIncomingRequest, context: grpc.ServicerContext
     ) -> transfer.GetIncomingResponse:
+        self._check(request.migration_id, context)
         migration = self._migrations.incoming(request.migration_id, request.await_complete_us)
         return transfer.GetIncomingResponse(migration=migration)
 
     def Complete(self, request: transfer.CompleteRequest, context: grpc.ServicerContext) -> transfer.CompleteResponse:
+        self._check(request.migration_id, context)
         self._migrations.complete(request)
         return transfer.CompleteResponse()
 
     def Abort(self, request: transfer.AbortRequest, context: grpc.ServicerContext) -> transfer.AbortResponse:
+        self._check(request.migration_id, context)
         self._migrations.abort(request.migration_id, request.reason, request.attempt)
         return transfer.AbortResponse()
 
     def ResumeMigration(
         self, request: transfer.ResumeMigrationRequest, context: grpc.ServicerContext
     ) -> transfer.ResumeMigrationResponse:
+        self._check(request.migration_id, context)
         return self._migrations.resume(request, _peer_host(context.peer()))
+
+    def _check(self, migration_id: str, context: grpc.ServicerContext, claimed_host: str = "") -> None:
+        """Whoever speaks for a migration is its other side as it is known here, and the one that it claims to be."""
+        if self._check_party is None:
+            return
+        for host in {claimed_host, self._migrations.peer_host(migration_id)} - {""}:
+            self._check_party(migration_id, host, context)
 
 
 def _peer_host(peer: str) -> str:

@@ -14,6 +14,8 @@ from migrate.v1 import types_pb2 as types
 
 METADATA_ERROR = "migrate-error-bin"
 _NOT_CONNECTED = "failed to connect"
+# What a scope may want to be called before each answer of a call that streams.
+BeforeEach = Callable[[], None]
 _KINDS = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
 
 
@@ -45,13 +47,13 @@ def _answering(context: grpc.ServicerContext) -> Iterator[None]:
 
 
 def within(
-    handler: Any, scope_of: Callable[[grpc.ServicerContext], contextlib.AbstractContextManager[None]]
+    handler: Any, scope_of: Callable[[grpc.ServicerContext], contextlib.AbstractContextManager[BeforeEach | None]]
 ) -> "grpc.RpcMethodHandler[Any, Any] | None":
     """A handler, of whichever kind of call, all of whose work is done within a scope.
 
     Args:
         handler: What gRPC found for a call; None if it found none.
-        scope_of: Makes the scope, from the call's context.
+        scope_of: Makes the scope, from the call's context; it may yield what is called before each streamed answer.
     """
     if handler is None:
         return None
@@ -75,8 +77,11 @@ def _within(behaviour: Callable[..., Any], scope_of: Callable[..., Any]) -> Call
 def _streaming_within(behaviour: Callable[..., Iterator[Any]], scope_of: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(behaviour)
     def call(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
-        with scope_of(context):
-            yield from behaviour(request, context)
+        with scope_of(context) as before_each:
+            for response in behaviour(request, context):
+                if before_each is not None:
+                    before_each()
+                yield response
 
     return call
 

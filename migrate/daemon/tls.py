@@ -93,8 +93,6 @@ class DaemonTls:
                 _log.error("%s: nobody accepts us until it is replaced", reason)
             if material is known:
                 continue
-            if known.peer_pems is None and material.peer_pems is not None:
-                _log.warning("the page endpoint looks at %s from the next start of this daemon on", PEERS_DIR)
             known = material
             try:
                 self.native.reload()
@@ -104,8 +102,7 @@ class DaemonTls:
 
 def _native_tls(path: Path) -> NativeTls:
     """TLS of the page endpoint in C, from a TLS directory."""
-    peers = path / PEERS_DIR
-    return NativeTls(path / CA_FILE, path / CERTIFICATE_FILE, path / KEY_FILE, peers if peers.is_dir() else None)
+    return NativeTls(path / CA_FILE, path / CERTIFICATE_FILE, path / KEY_FILE, path / PEERS_DIR)
 
 
 def _server_configuration(material: TlsMaterial) -> grpc.ServerCertificateConfiguration:

@@ -93,6 +93,8 @@ static int load_peers(struct mig_credentials *credentials, const char *directory
     DIR *opened = opendir(directory);
     int rc = 0;
 
+    if (!opened && errno == ENOENT)
+        return 0;
     if (!opened)
         return refuse(report, "%s: %s", directory, strerror(errno));
     credentials->has_peers = true;

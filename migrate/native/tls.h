@@ -16,15 +16,15 @@ struct mig_tls;
 
 /**
  * Load the files, all PEM: authorities, our certificate with what is between it and an authority, its key.
- * With `peers_dir`, only peers whose certificate is one of the *.pem files there are trusted; NULL is all.
+ * If `peers_dir` is there, only peers whose certificate is in one of its *.pem files are trusted; NULL is all.
  * Returns 0, or -errno with the file and what is wrong with it in `text`.
  */
 int mig_tls_create(const char *ca_pem_path, const char *cert_pem_path, const char *key_pem_path, const char *peers_dir,
                    struct mig_tls **ret, char *text, size_t text_bytes);
 
 /**
- * Load the files again, for connections that begin from now on. Returns as mig_tls_create does; on an error all stays
- * as it was.
+ * Load the files again: connections that begin from now on go by them, and those that there are end within a second or
+ * two if their peer is not trusted any more. Returns as mig_tls_create does; on an error all stays as it was.
  */
 int mig_tls_reload(struct mig_tls *tls, char *text, size_t text_bytes);
 

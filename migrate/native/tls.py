@@ -14,7 +14,7 @@ class NativeTls:
         ca: PEM file of the authorities.
         cert: PEM file of our certificate, and after it those between it and an authority.
         key: PEM file of its key, without a passphrase.
-        peers: If given, only peers whose certificate is in one of its *.pem files are trusted.
+        peers: If that directory is there, only peers whose certificate is in one of its *.pem files are trusted.
 
     Raises:
         ConfigError: a file is missing or bad; it says which one, and why.
@@ -40,7 +40,7 @@ class NativeTls:
         return self._handle
 
     def reload(self) -> None:
-        """Load the files again, for connections that begin from now on.
+        """Load the files again: connections that there are end soon if their peer is not trusted any more.
 
         Raises:
             ConfigError: a file is missing or bad; then all stays as it was.

@@ -44,6 +44,8 @@ bool mig_tls_is_protocol_chosen(const SSL *ssl);
 bool mig_tls_expect_name(SSL *ssl, const char *server_name);
 /** Whether the peer's certificate is for that name or numeric address. */
 bool mig_tls_is_peer_named(const SSL *ssl, const char *name);
+/** What there is against the peer's certificate by what is trusted now, in words; NULL if it is all right. */
+const char *mig_tls_why_not_now(const SSL *ssl, const struct mig_credentials *now);
 /** Why OpenSSL gave the connection up, in words. */
 const char *mig_tls_words(const SSL *ssl);
 

@@ -69,20 +69,44 @@ static bool has_host_role(X509 *certificate)
     return found;
 }
 
-int mig_tls_verify(X509_STORE_CTX *store, void *unused)
+/* The chain, the name if one is set, the use, the role and the list. Returns the X509_V_ERR. */
+static int verify(X509_STORE_CTX *store, const struct mig_credentials *credentials)
 {
-    SSL *ssl = X509_STORE_CTX_get_ex_data(store, SSL_get_ex_data_X509_STORE_CTX_idx());
-    const struct mig_credentials *credentials = SSL_get_app_data(ssl);
-
-    (void)unused;
     if (X509_verify_cert(store) <= 0)
-        return 0;
+        return X509_STORE_CTX_get_error(store);
     X509 *certificate = X509_STORE_CTX_get0_cert(store);
     if (!has_host_role(certificate))
         X509_STORE_CTX_set_error(store, X509_V_ERR_CERT_REJECTED);
     else if (!mig_credentials_allow(credentials, certificate))
         X509_STORE_CTX_set_error(store, X509_V_ERR_CERT_REVOKED);
-    return X509_STORE_CTX_get_error(store) == X509_V_OK;
+    return X509_STORE_CTX_get_error(store);
+}
+
+int mig_tls_verify(X509_STORE_CTX *store, void *unused)
+{
+    SSL *ssl = X509_STORE_CTX_get_ex_data(store, SSL_get_ex_data_X509_STORE_CTX_idx());
+
+    (void)unused;
+    return verify(store, SSL_get_app_data(ssl)) == X509_V_OK;
+}
+
+/* Returns the X509_V_ERR, by what is trusted now. */
+static int verify_again(const SSL *ssl, const struct mig_credentials *now)
+{
+    X509_STORE_CTX *store = X509_STORE_CTX_new();
+    int result = X509_V_ERR_OUT_OF_MEM;
+
+    if (store && X509_STORE_CTX_init(store, SSL_CTX_get_cert_store(now->context), SSL_get0_peer_certificate(ssl),
+                                     SSL_get_peer_cert_chain(ssl))) {
+        X509_VERIFY_PARAM *parameters = X509_STORE_CTX_get0_param(store);
+        X509_STORE_CTX_set_default(store, SSL_is_server(ssl) ? "ssl_client" : "ssl_server");
+        X509_VERIFY_PARAM_set1(parameters, SSL_get0_param((SSL *)ssl)); /* the name */
+        X509_VERIFY_PARAM_set_auth_level(parameters, SSL_get_security_level(ssl));
+        result = verify(store, now);
+    }
+    X509_STORE_CTX_free(store);
+    ERR_clear_error();
+    return result;
 }
 
 static bool is_address(const char *text)
@@ -179,6 +203,11 @@ static const char *words_of_alert(int alert)
     default:
         return NULL;
     }
+}
+
+const char *mig_tls_why_not_now(const SSL *ssl, const struct mig_credentials *now)
+{
+    return flaw_of_certificate(verify_again(ssl, now));
 }
 
 const char *mig_tls_words(const SSL *ssl)

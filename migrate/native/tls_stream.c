@@ -17,12 +17,16 @@
 enum { READ_TRIES_MAX = 32, RECORD_FIRST = 20, RECORD_LAST = 23 };
 /* AES-GCM wants another key long before 2^24.5 records (RFC 8446, 5.5). */
 static const uint64_t KEY_BYTES = 256 << 20;
+/* How often it is asked whether the peer is still trusted. */
+static const uint64_t TRUST_NS = 1000000000u;
 
 struct mig_tls_stream {
     int fd;
     bool is_server;
     SSL *ssl;
-    struct mig_credentials *credentials;
+    struct mig_tls *tls;
+    struct mig_credentials *credentials; /* of the handshake */
+    uint64_t trusted_ns;                 /* when it was last known */
 
     /* as the BIO sees the socket */
     bool may_wait;    /* the next recv may sleep */
@@ -142,6 +146,7 @@ int mig_tls_stream_create(struct mig_tls *tls, int fd, const char *server_name, 
         return -ENOMEM;
     stream->fd = fd;
     stream->first_byte = -1;
+    stream->tls = mig_tls_get(tls);
     stream->credentials = mig_tls_credentials(tls);
     stream->ssl = SSL_new(stream->credentials->context);
     BIO *bio = stream->ssl ? make_bio(stream) : NULL;
@@ -170,6 +175,7 @@ void mig_tls_stream_destroy(struct mig_tls_stream *stream)
     ERR_clear_error();
     SSL_free(stream->ssl);
     mig_credentials_put(stream->credentials);
+    mig_tls_put(stream->tls);
     free(stream);
 }
 
@@ -250,7 +256,22 @@ int mig_tls_stream_handshake(struct mig_tls_stream *stream, uint64_t deadline_ns
     if (rc == 0 && !mig_tls_is_protocol_chosen(stream->ssl))
         return fail(stream, -EKEYREJECTED, "the peer does not speak HTTP/2 (ALPN h2)");
     stream->has_unseen = rc == 0; /* what came with the last of the handshake */
+    stream->trusted_ns = mig_now_ns();
     return rc;
+}
+
+/* A certificate may expire, or be revoked, while its connection lasts. Returns 0 or what the stream broke of. */
+static int check_trust(struct mig_tls_stream *stream)
+{
+    const uint64_t now_ns = mig_now_ns();
+
+    if (stream->broken || now_ns - stream->trusted_ns < TRUST_NS)
+        return stream->broken;
+    stream->trusted_ns = now_ns;
+    struct mig_credentials *now = mig_tls_credentials(stream->tls);
+    const char *flaw = mig_tls_why_not_now(stream->ssl, now);
+    mig_credentials_put(now);
+    return flaw ? fail(stream, -EKEYREJECTED, flaw) : 0;
 }
 
 /* ---- bytes in ---- */
@@ -282,7 +303,7 @@ ssize_t mig_tls_stream_receive(struct mig_tls_stream *stream, const struct iovec
 {
     ssize_t total_bytes = 0;
 
-    if (stream->broken)
+    if (check_trust(stream) < 0)
         return stream->broken;
     stream->may_wait = may_wait;
     stream->is_drained = false;
@@ -344,7 +365,7 @@ int mig_tls_stream_send(struct mig_tls_stream *stream)
 {
     size_t written;
 
-    if (stream->broken)
+    if (check_trust(stream) < 0)
         return stream->broken;
     if (!stream->staged_bytes)
         return 0;

@@ -19,15 +19,15 @@ class PageServicer(rpc.PageServiceServicer):
 
     Args:
         exports: What is served.
-        check_reader: Raises if the caller, token or not, must not have the pages of that migration, which are for that
+        check_party: Raises if the caller, token or not, must not have the pages of that migration, which are for that
             host alone.
     """
 
     def __init__(
-        self, exports: Exports, check_reader: Callable[[str, str, grpc.ServicerContext], None] | None = None
+        self, exports: Exports, check_party: Callable[[str, str, grpc.ServicerContext], None] | None = None
     ) -> None:
         self._exports = exports
-        self._check_reader = check_reader
+        self._check_party = check_party
 
     def FetchPages(  # noqa: N802 - the name is the proto's
         self, request_iterator: Iterator[pb.FetchPagesRequest], context: grpc.ServicerContext
@@ -41,8 +41,8 @@ class PageServicer(rpc.PageServiceServicer):
         migration_id, authorization = metadata.get(METADATA_MIGRATION_ID, ""), metadata.get(METADATA_AUTHORIZATION, "")
         buffer = RunBuffer(REQUEST_PAGES_MAX)
         with self._exports.find(migration_id, authorization) as export:
-            if self._check_reader is not None and export.peer_name:
-                self._check_reader(migration_id, export.peer_name, context)
+            if self._check_party is not None and export.peer_name:
+                self._check_party(migration_id, export.peer_name, context)
             for request in request_iterator:
                 yield from self._answer(export, request, buffer)
 

@@ -54,6 +54,12 @@ class MigrationRecord:
         return self._machine.holder
 
     @property
+    def peer(self) -> str:
+        """Control address of the other daemon; empty if there is none."""
+        with self.lock:
+            return self._migration.peer
+
+    @property
     def is_final(self) -> bool:
         """Whether it is over."""
         return self._machine.is_final

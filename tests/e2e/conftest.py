@@ -1,8 +1,9 @@
-"""Two daemons for the tests of a file."""
+"""Two daemons for the tests of a file, and daemons with TLS."""
 
 import pytest
 
-from tests.harness.daemons import two_daemons
+from tests.harness.daemons import DaemonProcess, two_daemons
+from tests.harness.tls_dirs import Certificates
 
 
 @pytest.fixture(scope="module")
@@ -19,3 +20,34 @@ def source(daemons):
 @pytest.fixture
 def destination(daemons):
     return daemons[1]
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory):
+    return Certificates(tmp_path_factory.mktemp("tls") / "ca")
+
+
+@pytest.fixture(scope="module")
+def strangers(tmp_path_factory):
+    """Certificates of another CA."""
+    return Certificates(tmp_path_factory.mktemp("strangers") / "ca")
+
+
+@pytest.fixture
+def start_daemon(certificates, tmp_path):
+    """Starts daemons with TLS; their logs are at `log`."""
+    started = []
+
+    def start(tls_dir=None, operator=None, **options):
+        daemon = DaemonProcess(
+            tls_dir=tls_dir or certificates.host(),
+            operator=operator or certificates.operator(),
+            log=tmp_path / f"daemon{len(started)}.log",
+            **options,
+        )
+        started.append(daemon)
+        return daemon
+
+    yield start
+    for daemon in started:
+        daemon.close()

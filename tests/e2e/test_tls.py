@@ -11,12 +11,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from migrate.config import Endpoint
 from migrate.handshake import why_refused
-from migrate.native.exports import BEARER, METADATA_AUTHORIZATION, METADATA_MIGRATION_ID
 from migrate.tls import Role, read_tls_dir
-from migrate.v1 import daemon_state_pb2 as saved
 from migrate.v1 import guest_service_pb2 as guest
-from migrate.v1 import page_service_pb2 as page
-from migrate.v1 import page_service_pb2_grpc as page_rpc
 from migrate.v1 import transfer_service_pb2 as transfer
 from migrate.v1 import transfer_service_pb2_grpc as transfer_rpc
 from migrate.v1 import types_pb2 as types
@@ -28,37 +24,6 @@ from tests.harness.waiting import wait_until
 GRPCIO = types.PAGE_TRANSPORT_GRPCIO
 NATIVE = types.PAGE_TRANSPORT_NATIVE_GRPC
 TRANSPORTS = [pytest.param(GRPCIO, id="grpcio"), pytest.param(NATIVE, id="native")]
-
-
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory):
-    return Certificates(tmp_path_factory.mktemp("tls") / "ca")
-
-
-@pytest.fixture(scope="module")
-def strangers(tmp_path_factory):
-    """Certificates of another CA."""
-    return Certificates(tmp_path_factory.mktemp("strangers") / "ca")
-
-
-@pytest.fixture
-def start_daemon(certificates, tmp_path):
-    """Starts daemons with TLS; their logs are at `log`."""
-    started = []
-
-    def start(tls_dir=None, operator=None, **options):
-        daemon = DaemonProcess(
-            tls_dir=tls_dir or certificates.host(),
-            operator=operator or certificates.operator(),
-            log=tmp_path / f"daemon{len(started)}.log",
-            **options,
-        )
-        started.append(daemon)
-        return daemon
-
-    yield start
-    for daemon in started:
-        daemon.close()
 
 
 @pytest.fixture(scope="module")
@@ -285,56 +250,6 @@ def test_operator_cannot_pose_as_a_host(start_daemon, certificates):
 
     assert refused.exit_code == 1
     assert "its certificate is not that of a host" in refused.stderr
-
-
-# ---- pages ----
-
-
-@pytest.fixture(params=TRANSPORTS)
-def moving(request, start_daemon, certificates, tmp_path):
-    """A migration whose pages move slowly: where they are served, its id and its token."""
-    source = start_daemon(certificates.host("alpha"), state_dir=tmp_path / "state")
-    destination = start_daemon(certificates.host("beta"))
-    source.create("g", kind="process", memory_mib=64)
-    source.wait_populated("g")
-    migration_id = source.start(destination, transport=request.param, max_bandwidth_bytes_per_s=1 << 20)
-    wait_until(
-        lambda: source.migration(migration_id).state == types.MIGRATION_STATE_POSTCOPY, 20, "the guest to run there"
-    )
-    written = saved.SavedMigration.FromString((tmp_path / "state/migrations" / f"{migration_id}.pb").read_bytes())
-    address = source.address if request.param == GRPCIO else source.page_address
-    return address, migration_id, written.source.token
-
-
-def fetch_status(address, tls_dir, migration_id, token):
-    metadata = ((METADATA_MIGRATION_ID, migration_id), (METADATA_AUTHORIZATION, BEARER + token))
-    with channel_to(address, tls_dir) as channel:
-        requests = iter([page.FetchPagesRequest(request_id=1, first_page=0, page_count=1)])
-        try:
-            list(page_rpc.PageServiceStub(channel).FetchPages(requests, metadata=metadata, timeout=CALL_S))
-        except grpc.RpcError as error:
-            return error.code()
-    return grpc.StatusCode.OK
-
-
-@pytest.mark.uffd
-def test_pages_are_for_the_named_host_with_the_token(moving, certificates, strangers, tmp_path):
-    address, migration_id, token = moving
-    # Any certificate that is valid for the destination's address is the destination's.
-    beta, gamma = certificates.host("beta"), certificates.host("gamma", addresses=("gamma.example", "127.0.0.2"))
-
-    assert fetch_status(address, beta, migration_id, token) == grpc.StatusCode.OK
-    assert fetch_status(address, beta, migration_id, token + "x") == grpc.StatusCode.PERMISSION_DENIED
-    assert fetch_status(address, beta, migration_id, "x") == grpc.StatusCode.PERMISSION_DENIED
-    assert fetch_status(address, beta, "m", token) == grpc.StatusCode.NOT_FOUND
-    assert fetch_status(address, gamma, migration_id, token) == grpc.StatusCode.PERMISSION_DENIED
-    # The endpoint in C refuses them, as it does strangers, in the handshake.
-    refused = (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAVAILABLE)
-    for directory in (certificates.operator(), certificates.viewer(), strangers.host()):
-        assert fetch_status(address, directory, migration_id, token) in refused
-    assert fetch_status(address, None, migration_id, token) == grpc.StatusCode.UNAVAILABLE
-    # Nobody finds it in a log.
-    assert all(token not in log.read_text() for log in tmp_path.glob("*.log"))
 
 
 # ---- words ----

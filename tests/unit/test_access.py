@@ -151,8 +151,8 @@ def test_pages_are_for_the_host_that_the_migration_goes_to(certificates, files):
     access = Access(files)
     call = Call(certificates.host("beta", addresses=("beta.example", "192.0.2.8")))
 
-    access.check_reader("m", "beta.example", call)
-    access.check_reader("m", "192.0.2.8", call)
+    access.check_party("m", "beta.example", call)
+    access.check_party("m", "192.0.2.8", call)
     for host in ("alpha.example", "192.0.2.7", "beta"):
         with pytest.raises(PermissionDeniedError, match="is not valid for that"):
-            access.check_reader("m", host, call)
+            access.check_party("m", host, call)

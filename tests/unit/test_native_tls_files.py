@@ -82,9 +82,10 @@ def test_own_certificate_must_be_valid_now(authority, valid, words):
         late.native()
 
 
-def test_list_of_peers_must_exist(host, tmp_path):
-    with pytest.raises(ConfigError, match=f"{tmp_path / 'nowhere'}: No such file"):
-        host.native(tmp_path / "nowhere")
+def test_list_of_peers_must_be_a_directory(host, tmp_path):
+    (tmp_path / "peers").touch()
+    with pytest.raises(ConfigError, match=f"{tmp_path / 'peers'}: Not a directory"):
+        host.native(tmp_path / "peers")
 
 
 @pytest.mark.parametrize("content", ["", "nonsense", GARBAGE], ids=["empty", "nonsense", "garbage"])
@@ -159,31 +160,49 @@ def pair(authority):
     made.close()
 
 
+def begin_fetch(pair, destination):
+    """A fetch that takes three seconds."""
+    cap_bytes_per_s = PAGES * PAGE // 3
+    fetch = destination.start(pair.served.endpoint, tls=pair.client_tls, max_bandwidth_bytes_per_s=cap_bytes_per_s)
+    destination.touch(7)
+    destination.check_touched(pair.served.memory, 1)
+    return fetch
+
+
+def check_completes(pair, destination):
+    destination.touch(200)
+    destination.check_touched(pair.served.memory, 1)
+    destination.wait()
+    destination.check_all(pair.served.memory)
+
+
 @pytest.mark.uffd
-def test_certificates_are_replaced_while_a_fetch_runs(pair, authority, tmp_path):
-    """The old connection goes on; new ones use what is new."""
-    destination = Destination(PAGES)
-    try:
-        cap_bytes_per_s = PAGES * PAGE // 3
-        fetch = destination.start(pair.served.endpoint, tls=pair.client_tls, max_bandwidth_bytes_per_s=cap_bytes_per_s)
-        destination.touch(7)
-        destination.check_touched(pair.served.memory, 1)
-        new = Authority(tmp_path / "new")
-        pair.source.become(new.issue("source"))
-        pair.server_tls.reload()
-        error = pair.failure()  # the client still trusts, and is, the old one
-        assert type(error) is PeerNotTrustedError
-        assert "signed by an unknown authority" in error.message
-        pair.destination.become(new.issue("destination"))
-        pair.client_tls.reload()
-        pair.check_fetches()
-        destination.touch(200)
-        destination.check_touched(pair.served.memory, 1)
-        destination.wait()
-        destination.check_all(pair.served.memory)
-        assert fetch.counters().reconnects == 0
-    finally:
-        destination.close()
+def test_certificates_are_replaced_while_a_fetch_runs(pair, authority, destination):
+    """The old connection goes on."""
+    fetch = begin_fetch(pair, destination)
+    for old, tls in ((pair.source, pair.server_tls), (pair.destination, pair.client_tls)):
+        old.become(authority.issue(f"new-{old.cert.stem}"))
+        tls.reload()
+    pair.check_fetches()
+    check_completes(pair, destination)
+    assert fetch.counters().reconnects == 0
+
+
+@pytest.mark.uffd
+def test_authority_is_replaced_while_a_fetch_runs(pair, destination, tmp_path):
+    """The old connection ends, the fetch goes on over another."""
+    fetch = begin_fetch(pair, destination)
+    new = Authority(tmp_path / "new")
+    pair.source.become(new.issue("source"))
+    pair.server_tls.reload()
+    error = pair.failure()  # the client still trusts, and is, the old one
+    assert type(error) is PeerNotTrustedError
+    assert "signed by an unknown authority" in error.message
+    pair.destination.become(new.issue("destination"))
+    pair.client_tls.reload()
+    pair.check_fetches()
+    check_completes(pair, destination)
+    assert fetch.counters().reconnects
 
 
 @pytest.mark.uffd
