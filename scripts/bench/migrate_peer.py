@@ -13,6 +13,9 @@ from typing import Any
 
 from bench_common import BenchError, Host, Link, process, run, wait_until, warm_memory
 
+from migrate.authority import Authority
+from migrate.tls import Role
+
 _NAME = "bench"
 _START_S, _POPULATE_S, _MIGRATE_S = 20, 120, 120
 # The command, loaded, but for one line on stdin.
@@ -53,13 +56,29 @@ class GuestShape:
         return [*options, "--touch-rate", str(self.touch_rate_per_s)] if self.touch_rate_per_s else options
 
 
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """TLS directories of both daemons, and of whoever asks them."""
+
+    host: Path
+    operator: Path
+
+
+def issue_tls(directory: Path, link: Link) -> Tls:
+    """A CA of the benchmark's own; its host has the addresses of both."""
+    authority = Authority.create(directory)
+    addresses = sorted({link.source.address, link.destination.address})
+    return Tls(authority.issue("host", Role.HOST, addresses), authority.issue("operator", Role.OPERATOR))
+
+
 class Daemon:
     """A `migrate daemon` in a namespace, asked through the command line in that namespace."""
 
-    def __init__(self, host: Host, address: str, pid: int) -> None:
+    def __init__(self, host: Host, address: str, pid: int, tls: Tls | None) -> None:
         self._host = host
         self.address = address
         self.pid = pid
+        self._how = ["--daemon", address] + ([] if tls is None else ["--tls-dir", str(tls.operator)])
 
     def cpu_s(self) -> float:
         """Processor time so far, of all threads: proc_pid_stat(5)."""
@@ -75,7 +94,7 @@ class Daemon:
 
     def run(self, *words: str, deadline_s: float = 30) -> str:
         """Run a command of ours against this daemon."""
-        command = [*self._host.inside, sys.executable, "-m", "migrate", *words, "--daemon", self.address]
+        command = [*self._host.inside, sys.executable, "-m", "migrate", *words, *self._how]
         return run(command, deadline_s)
 
     @contextlib.contextmanager
@@ -84,7 +103,7 @@ class Daemon:
 
         What a migration costs must not depend on how long Python takes to start: memory that was warmed for it cools.
         """
-        command = [*self._host.inside, sys.executable, "-c", _WAITING_CLI, *words, "--daemon", self.address, "--json"]
+        command = [*self._host.inside, sys.executable, "-c", _WAITING_CLI, *words, *self._how, "--json"]
         with subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         ) as waiting:
@@ -113,7 +132,13 @@ class Daemon:
 
 
 def migrate_with_ours(
-    guest: GuestShape, options: Sequence[str], link: Link, directory: Path, *, mode: str = "postcopy"
+    guest: GuestShape,
+    options: Sequence[str],
+    link: Link,
+    directory: Path,
+    *,
+    mode: str = "postcopy",
+    tls: Tls | None = None,
 ) -> dict[str, float]:
     """Move a guest once; the figures of qemu_peer.migrate_with_qemu, from our report, and what it cost the daemons.
 
@@ -121,9 +146,9 @@ def migrate_with_ours(
         BenchError: it failed, or the guest's memory was wrong afterwards.
     """
     with contextlib.ExitStack() as stack:
-        source = stack.enter_context(_daemon(link.source, directory / "source.log"))
+        source = stack.enter_context(_daemon(link.source, directory / "source.log", tls))
         populated_bytes = _start_guest(source, guest)
-        destination = stack.enter_context(_daemon(link.destination, directory / "destination.log"))
+        destination = stack.enter_context(_daemon(link.destination, directory / "destination.log", tls))
         daemons = {"source": source, "destination": destination}
         # It follows the migration, which costs some processor time; that is how people run it, so it counts.
         words = ["start", _NAME, "--to", destination.address, "--mode", mode, *options]
@@ -191,9 +216,10 @@ def _check(report: dict[str, Any], destination: Daemon) -> None:
 
 
 @contextlib.contextmanager
-def _daemon(host: Host, log: Path) -> Iterator[Daemon]:
+def _daemon(host: Host, log: Path, tls: Tls | None) -> Iterator[Daemon]:
     ready, ready_far = os.pipe()
-    command = [*host.inside, sys.executable, "-m", "migrate", "daemon", "--listen", f"{host.address}:0", "--insecure"]
+    command = [*host.inside, sys.executable, "-m", "migrate", "daemon", "--listen", f"{host.address}:0"]
+    command += ["--insecure"] if tls is None else ["--tls-dir", str(tls.host)]
     with contextlib.ExitStack() as stack:
         stream = stack.enter_context(os.fdopen(ready))
         try:
@@ -206,4 +232,4 @@ def _daemon(host: Host, log: Path) -> Iterator[Daemon]:
         if not line:
             raise BenchError(f"a daemon of ours does not start: {log.read_text(errors='replace').strip()[-500:]}")
         # setpriv and `ip netns exec` become what they start, so the process is the daemon.
-        yield Daemon(host, json.loads(line)["listen"], started.pid)
+        yield Daemon(host, json.loads(line)["listen"], started.pid, tls)

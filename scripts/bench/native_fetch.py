@@ -1,19 +1,20 @@
 """The project's native data path, for scripts/bench/limit: the same two roles, spoken to in the same way.
 
-native_fetch.py serve --memfd FD --pages N --token T
-native_fetch.py fetch --uffd FD --hva H --pages N --port P --token T
+native_fetch.py serve --memfd FD --pages N --token T [--tls-dir DIR]
+native_fetch.py fetch --uffd FD --hva H --pages N --port P --token T [--tls-dir DIR]
 """
 
 import argparse
-import importlib.util
 import json
 import signal
 import statistics
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from migrate.native.pager import FaultBatch
+    from migrate.native.tls import NativeTls
 
 HOST = "127.0.0.1"
 MIGRATION_ID = "limit"
@@ -21,11 +22,6 @@ _DEADLINE_S = 120
 _CONNECT_US = 5_000_000
 # Longer than a gigabyte takes, shorter than it takes to fill the ring of fault records.
 _DRAIN_EVERY_US = 500_000
-
-
-def is_available() -> bool:
-    """Whether this tree has a native data path."""
-    return importlib.util.find_spec("migrate.native.fetcher") is not None
 
 
 class Stages:
@@ -47,7 +43,14 @@ class Stages:
         return {name: statistics.median(column) / 1000 for name, column in zip(names, columns, strict=False)}
 
 
-def serve(memfd: int, pages: int, token: str) -> None:
+def load_tls(directory: Path | None) -> "NativeTls | None":
+    """The files of a TLS directory; None is plain text."""
+    from migrate.native.tls import NativeTls  # noqa: PLC0415
+
+    return None if directory is None else NativeTls(*(directory / name for name in ("ca.pem", "cert.pem", "key.pem")))
+
+
+def serve(memfd: int, pages: int, token: str, tls: "NativeTls | None") -> None:
     """Serve the pages of a memfd until SIGTERM."""
     from migrate.config import Endpoint  # noqa: PLC0415
     from migrate.native.exports import Exports  # noqa: PLC0415
@@ -57,7 +60,7 @@ def serve(memfd: int, pages: int, token: str) -> None:
     # Blocked before any thread starts, so that it waits for us.
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     exports = Exports()
-    server = PageServer(Endpoint(HOST, 0), exports)
+    server = PageServer(Endpoint(HOST, 0), exports, tls)
     exports.publish(MIGRATION_ID, token, PageSource(memfd, pages))
     print(server.endpoint.port, flush=True)
     signal.sigtimedwait([signal.SIGTERM], _DEADLINE_S)
@@ -65,7 +68,7 @@ def serve(memfd: int, pages: int, token: str) -> None:
     server.close()
 
 
-def fetch(uffd: int, region_hva: int, pages: int, port: int, token: str) -> None:
+def fetch(uffd: int, region_hva: int, pages: int, port: int, token: str, tls: "NativeTls | None") -> None:
     """Fetch all pages of an armed region, and print what it took."""
     from migrate.native.fetcher import NativeFetch  # noqa: PLC0415
     from migrate.native.pager import Pager  # noqa: PLC0415
@@ -73,7 +76,7 @@ def fetch(uffd: int, region_hva: int, pages: int, port: int, token: str) -> None
     from migrate.units import pages_to_bytes  # noqa: PLC0415
 
     pager = Pager(uffd, region_hva, pages)
-    native = NativeFetch(HOST, port, MIGRATION_ID, token)
+    native = NativeFetch(HOST, port, MIGRATION_ID, token, tls=tls, server_name=HOST)
     native.connect(_CONNECT_US)
     latencies, stages = FaultLatencies(), Stages()
     begin_s, begin_cpu_s = time.monotonic(), time.process_time()
@@ -112,12 +115,14 @@ def main() -> None:
     for option in ("--memfd", "--uffd", "--hva", "--pages", "--port"):
         parser.add_argument(option, type=int, default=0)
     parser.add_argument("--token", required=True)
+    parser.add_argument("--tls-dir", type=Path)
     given = parser.parse_args()
     signal.alarm(_DEADLINE_S)
+    tls = load_tls(given.tls_dir)
     if given.role == "serve":
-        serve(given.memfd, given.pages, given.token)
+        serve(given.memfd, given.pages, given.token, tls)
     else:
-        fetch(given.uffd, given.hva, given.pages, given.port, given.token)
+        fetch(given.uffd, given.hva, given.pages, given.port, given.token, tls)
 
 
 if __name__ == "__main__":
