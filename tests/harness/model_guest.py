@@ -25,7 +25,7 @@ _STATE = b"the vCPUs of the model after %d touches"
 
 
 def make_memfd(name, size_bytes):
-    """As migrate.guest.host makes one."""
+    """As migrate.guest.workload makes one."""
     memfd = os.memfd_create(name, _MFD_FLAGS)
     os.ftruncate(memfd, size_bytes)
     fcntl.fcntl(memfd, _F_ADD_SEALS, _F_SEAL_SHRINK_GROW)
