@@ -1,5 +1,6 @@
 """One daemon process: servers up, wait for a signal, leave nothing behind."""
 
+import ctypes
 import functools
 import json
 import logging
@@ -48,6 +49,9 @@ from migrate.v1 import types_pb2 as types
 _GRACE_S = 1.0
 # A control call waits for the GIL behind at most a few threads that place pages; 1 ms turns keep it within its 50 ms.
 _SWITCH_INTERVAL_S = 0.001
+
+# A malloc arena keeps what the largest messages took of it; there would be eight for each core (mallopt(3)).
+_M_ARENA_MAX, _ARENAS_MAX = -8, 2
 
 _log = logging.getLogger(__name__)
 
@@ -181,6 +185,7 @@ def run_daemon(config: DaemonConfig) -> None:
     """
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    ctypes.CDLL(None).mallopt(_M_ARENA_MAX, _ARENAS_MAX)
     daemon = Daemon(config)
     # A handler that set an event could interrupt the very thread that holds the event's lock: a pipe has none.
     wake_read, wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)

@@ -253,3 +253,14 @@ class Peer:
         # Who does not listen any more may still have said something worth reading.
         with contextlib.suppress(ConnectionError):
             self.send_frames(*to_send)
+
+
+def caller_without_a_window(endpoint):
+    """A peer with fifteen calls, whose answers it does not let out."""
+    peer = Peer.connect(endpoint)
+    peer.opens_windows = False
+    peer.greet_server({Settings.INITIAL_WINDOW_SIZE: 0})
+    for stream_id in range(1, 31, 2):
+        peer.call(stream_id, path="/migrate.v1.GuestService/ListGuests")
+        peer.data(stream_id, bytes(5), end=True)
+    return peer

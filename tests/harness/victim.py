@@ -14,12 +14,11 @@ from migrate.daemon.status import received_error
 from migrate.guest.client import GuestClient
 from migrate.v1 import guest_service_pb2 as guest
 from tests.harness.daemons import DaemonProcess
-from tests.harness.h2_peer import Peer
+from tests.harness.h2_peer import caller_without_a_window
 from tests.harness.processes import guest_pids
 from tests.harness.waiting import wait_until
 
-# Most of it are buffers of 2 MiB messages, of which the allocator keeps some in the arena of each of its threads.
-RSS_GROWTH_MAX_BYTES = 48 << 20
+RSS_GROWTH_MAX_BYTES = 16 << 20
 HONEST = "honest"
 _OTHER_THREADS_MAX = 32
 _ANSWER_S = 5
@@ -37,17 +36,20 @@ class Victim:
         self.daemon.wait_populated(HONEST)
 
     def settle(self):
-        """Have it make what it makes once, such as the threads of its calls; what it has then is the measure."""
-        peers = [Peer.connect(self.control) for _ in range(12)]
-        for peer in peers:
-            peer.greet_server()
-            for stream_id in range(1, 60, 2):
-                peer.call(stream_id, path="/migrate.v1.TransferService/Abort")
-            self.check_well()
-        for peer in peers:
-            peer.close()
+        """Have it make what it makes once: the threads of its calls. What it has then is the measure."""
+        wait_until(self._has_all_threads, 60, "the daemon to have all its threads")
         self.check_well()
         self._before = wait_until(self._still, 20, "the daemon to settle")
+
+    def _has_all_threads(self):
+        with contextlib.ExitStack() as stack:
+            for _ in range(60):
+                stack.enter_context(caller_without_a_window(self.control))
+            self.check_well()
+        return self.threads() >= CALLS_MAX
+
+    def threads(self):
+        return len(os.listdir(f"/proc/{self.pid}/task"))
 
     @property
     def pid(self):
@@ -76,7 +78,7 @@ class Victim:
         wait_until(lambda: self.descriptors() == self._before[0], 30, self._difference())
         growth_bytes = self.rss_bytes() - self._before[1]
         assert growth_bytes <= RSS_GROWTH_MAX_BYTES, f"RSS grew by {growth_bytes >> 10} KiB"
-        assert len(os.listdir(f"/proc/{self.pid}/task")) <= CALLS_MAX + _OTHER_THREADS_MAX
+        assert self.threads() <= CALLS_MAX + _OTHER_THREADS_MAX
         assert [line for line in self.log.read_text().splitlines() if any(words in line for words in _BUGS)] == []
         assert self.daemon.audit(HONEST).errors == 0
 

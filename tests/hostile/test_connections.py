@@ -10,7 +10,7 @@ import grpc
 import pytest
 from hyperframe import frame as frames
 
-from tests.harness.h2_peer import PREFACE, WINDOW_MAX, Peer, Settings, frame_bytes
+from tests.harness.h2_peer import PREFACE, WINDOW_MAX, Peer, Settings, caller_without_a_window, frame_bytes
 from tests.harness.hostile_source import HostileSource
 from tests.unit.test_native_pageserver_http2 import BROKEN_FRAMES
 
@@ -206,16 +206,6 @@ def in_headers(endpoint):
     return peer
 
 
-def no_window(endpoint):
-    peer = Peer.connect(endpoint)
-    peer.opens_windows = False
-    peer.greet_server({Settings.INITIAL_WINDOW_SIZE: 0})
-    for stream_id in range(1, 31, 2):
-        peer.call(stream_id, path="/migrate.v1.GuestService/ListGuests")
-        peer.data(stream_id, bytes(5), end=True)
-    return peer
-
-
 SLOW = {
     "TCP alone": Peer.connect,
     "half a preface": slow_bytes,
@@ -224,7 +214,7 @@ SLOW = {
     "page calls without a request": calling(FETCH),
     "in the middle of a message": in_a_message,
     "in the middle of headers": in_headers,
-    "no window": no_window,
+    "no window": caller_without_a_window,
 }
 
 
