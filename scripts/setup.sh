@@ -4,7 +4,7 @@
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=$ROOT/.venv
 DEMO_PACKAGES=(gcc pkg-config python3-dev python3-venv libxxhash-dev libnghttp2-dev libssl-dev libzstd-dev)
-TEST_PACKAGES=("${DEMO_PACKAGES[@]}" iproute2)
+TEST_PACKAGES=("${DEMO_PACKAGES[@]}" iproute2 qemu-system-x86)
 SANITIZE_PACKAGES=(clang libclang-rt-dev)
 PYTHON_PROBE='
 import ensurepip, os, sys, sysconfig, venv
@@ -98,10 +98,20 @@ build_extension() {
     [ -n "$built" ] && stamped build "$wanted" && return 0
     say "building the C extension"
     # setuptools goes by time stamps, which a checkout does not keep in order.
-    rm -rf "$ROOT"/build "$ROOT"/migrate/native/_native*.so "$ROOT"/migrate/native/_native.c
+    rm -rf "$ROOT"/build/{lib,temp,bdist}.* "$ROOT"/migrate/native/_native*.so "$ROOT"/migrate/native/_native.c
     retry 2 "$VENV/bin/python" -m pip install -qq --disable-pip-version-check --no-build-isolation --no-deps \
         -e "$ROOT" >&2 || fail "the C extension did not build"
     stamp build "$wanted"
+}
+
+# Builds the Linux guest for QEMU in build/linux-guest, once; whether it is there, with a QEMU to run it.
+prepare_linux_guest() {
+    command -v qemu-system-x86_64 >/dev/null || return 1
+    local status=0
+    "$ROOT/scripts/build_linux_guest" || status=$?
+    # 77: not possible here, and it has said why.
+    [ $status -eq 0 ] || [ $status -eq 77 ] || fail "the Linux guest did not build"
+    return $status
 }
 
 # prepare runtime|dev PACKAGE...: everything, once; the second run only compares hashes.

@@ -1,4 +1,4 @@
-"""Skips with their reasons, which MIGRATE_TEST_REQUIRE=kvm,uffd,root turns into failures; hypothesis profiles."""
+"""Skips with their reasons, which MIGRATE_TEST_REQUIRE=kvm,uffd,qemu,root turns into failures; hypothesis profiles."""
 
 import os
 import signal
