@@ -1,8 +1,13 @@
 """The Linux guest runs in a plain QEMU, and says so itself."""
 
+import os
+import signal
+import time
+
 import pytest
 
 from tests.harness.linux_guest import GuestPort, LinuxConsole, plain_qemu
+from tests.harness.waiting import wait_until
 
 pytestmark = pytest.mark.qemu
 
@@ -60,3 +65,17 @@ def test_small_data_is_a_smaller_guest(linux_image, tmp_path):
         console.wait_for_more(sums=2, versions=2, ticks=5)
 
     assert "ready data_mib=8 versions_mib=1 " in console.text
+
+
+@pytest.mark.thorough
+def test_a_guest_whose_cpus_stood_still_complains(linux_image, tmp_path):
+    with plain_qemu(linux_image, tmp_path, memory_mib=128, data_mib=8, versions_mib=1) as qemu:
+        console = LinuxConsole(tmp_path / "console")
+        console.wait_until_ready()
+        os.kill(qemu.pid, signal.SIGSTOP)
+        # Its watchdog bites after 10 s, and there is no event to wait for in a guest that stands.
+        time.sleep(12)
+        os.kill(qemu.pid, signal.SIGCONT)
+        wait_until(lambda: console.report.faults, 30, "the guest's kernel to complain")
+
+    assert any("soft lockup" in fault for fault in console.report.faults)
