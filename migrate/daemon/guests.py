@@ -18,6 +18,7 @@ from migrate.errors import (
     MigrateError,
     NotEnoughMemoryError,
     NotFoundError,
+    RemoteProtocolError,
 )
 from migrate.guest.client import GuestClient
 from migrate.guest.layout import check_spec
@@ -66,16 +67,14 @@ class GuestRegistry:
         """Take over the guests that a daemon before us left; those that have died meanwhile leave no trace."""
         for socket_path in sorted(self._socket_dir.glob("*.sock")):
             try:
-                process, client = adopt_guest(socket_path)
-                spec = client.look().description.spec
+                guest = _adopt(socket_path)
             except GuestGoneError:
                 socket_path.unlink(missing_ok=True)
-                continue
             except MigrateError as error:
                 _log.error("the guest at %s is left alone: %s", socket_path, error)
-                continue
-            with self._lock:
-                self._guests[spec.name] = HostedGuest(spec, process, client)
+            else:
+                with self._lock:
+                    self._guests[guest.spec.name] = guest
 
     def create(self, spec: types.GuestSpec) -> types.Guest:
         """Start a guest of this host.
@@ -239,6 +238,20 @@ class GuestRegistry:
     def _is_leaving(self, name: str) -> bool:
         guest = self._guests.get(name)
         return guest is not None and guest.is_leaving
+
+
+def _adopt(socket_path: Path) -> HostedGuest:
+    process, client = adopt_guest(socket_path)
+    try:
+        spec = client.look().description.spec
+        if spec.name != socket_path.stem:
+            raise RemoteProtocolError(f"its process says that it is {spec.name[:80]!r}")
+        check_spec(spec)
+    except MigrateError:
+        client.close()
+        process.leave()
+        raise
+    return HostedGuest(spec, process, client)
 
 
 def _check_free(guest: HostedGuest) -> None:

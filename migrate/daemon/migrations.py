@@ -130,6 +130,8 @@ class MigrationRegistry:
     def _restore_one(self, entry: saved.SavedMigration) -> None:
         guest = self._guests.find_instance(entry.source.instance or entry.destination.instance)
         if entry.HasField("final"):
+            if entry.final.migration_id != entry.migration_id:
+                raise StateDirError(f"its end is that of {entry.final.migration_id!r}")
             self._remember(entry, guest)
         elif entry.HasField("source"):
             self._begin_source(entry, guest)

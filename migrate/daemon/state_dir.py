@@ -122,4 +122,8 @@ def _read(path: Path) -> saved.SavedMigration:
             f"{path} was written by another version of migrate ({migration.version}, this one knows {_VERSION})",
             remedy="start the version that wrote it",
         )
+    if migration.migration_id + _SUFFIX != path.name or not is_id(migration.migration_id):
+        raise StateDirError(
+            f"{path} holds a migration {migration.migration_id!r}", remedy="a file has the name of its migration"
+        )
     return migration

@@ -3,10 +3,11 @@
 import os
 import socket
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 from migrate.error_info import error_of
-from migrate.errors import GuestGoneError, RemoteProtocolError
+from migrate.errors import GuestGoneError, MigrateError, RemoteProtocolError
 from migrate.guest import protocol
 from migrate.v1 import guest_protocol_pb2 as pb
 from migrate.v1 import types_pb2 as types
@@ -35,7 +36,11 @@ class GuestClient:
         self.pid = protocol.peer_pid(self._connection)
         self.instance = ""
         if attach:
-            self.instance = self._plain(pb.GuestRequest(attach=pb.AttachRequest())).attach.instance
+            try:
+                self.instance = self._plain(pb.GuestRequest(attach=pb.AttachRequest())).attach.instance
+            except MigrateError:
+                self.close()
+                raise
 
     def look(self) -> pb.DescribeResponse:
         """What the guest says of itself, without its memory. Unless it `is_armed`, one that has run misses no page."""
@@ -43,8 +48,14 @@ class GuestClient:
 
     def describe(self) -> tuple[types.GuestDescription, "types.GuestState.ValueType", int, list[int]]:
         """Description, state, pid, and the memfd of each region, which the caller closes."""
-        response, fds = self._call(self._connection, pb.GuestRequest(describe=pb.DescribeRequest()))
-        return response.describe.description, response.describe.state, response.describe.pid, fds
+        response, fds = self._call(pb.GuestRequest(describe=pb.DescribeRequest()))
+        description = response.describe.description
+        if not fds or len(description.regions) != len(fds):
+            _close(fds)
+            raise RemoteProtocolError(
+                f"the guest described {len(description.regions)} regions with {len(fds)} descriptors"
+            )
+        return description, response.describe.state, response.describe.pid, fds
 
     def pause(self) -> None:
         """Stop the vCPUs."""
@@ -66,6 +77,9 @@ class GuestClient:
     def arm(self) -> tuple[int, list[int]]:
         """The userfaultfd, which the caller closes, and each region's address in the guest process."""
         response, fd = self._with_descriptor(pb.GuestRequest(arm=pb.ArmRequest()))
+        if not response.arm.region_hva:
+            _close([fd])
+            raise RemoteProtocolError("the guest armed no region")
         return fd, list(response.arm.region_hva)
 
     def start_dirty_log(self) -> int:
@@ -98,9 +112,9 @@ class GuestClient:
         try:
             connection.settimeout(deadline_us / 1_000_000 + _TIMEOUT_S)
             request = pb.GuestRequest(audit=pb.AuditRequest(deadline_us=deadline_us))
-            protocol.send(connection, request)
-            response, _ = protocol.receive(connection, pb.GuestResponse())
-            return _checked(response).audit.statistics
+            response, fds = _exchange(connection, request)
+            _close(fds)
+            return response.audit.statistics
         finally:
             connection.close()
 
@@ -125,27 +139,35 @@ class GuestClient:
         return connection
 
     def _with_descriptor(self, request: pb.GuestRequest) -> tuple[pb.GuestResponse, int]:
-        response, fds = self._call(self._connection, request)
+        response, fds = self._call(request)
         if len(fds) != 1:
-            for fd in fds:
-                os.close(fd)
+            _close(fds)
             raise RemoteProtocolError(f"the guest answered with {len(fds)} descriptors, not one")
         return response, fds[0]
 
     def _plain(self, request: pb.GuestRequest) -> pb.GuestResponse:
-        response, fds = self._call(self._connection, request)
-        for fd in fds:
-            os.close(fd)
+        response, fds = self._call(request)
+        _close(fds)
         return response
 
-    def _call(self, connection: socket.socket, request: pb.GuestRequest) -> tuple[pb.GuestResponse, list[int]]:
+    def _call(self, request: pb.GuestRequest) -> tuple[pb.GuestResponse, list[int]]:
         with self._lock:
-            protocol.send(connection, request)
-            response, fds = protocol.receive(connection, pb.GuestResponse())
-        return _checked(response), fds
+            return _exchange(self._connection, request)
 
 
-def _checked(response: pb.GuestResponse) -> pb.GuestResponse:
+def _exchange(connection: socket.socket, request: pb.GuestRequest) -> tuple[pb.GuestResponse, list[int]]:
+    """The answer to a request, and the descriptors that came with it, which are the caller's."""
+    protocol.send(connection, request)
+    response, fds = protocol.receive(connection, pb.GuestResponse())
+    asked = request.WhichOneof("request")
+    if not response.HasField("error") and response.WhichOneof("response") == asked:
+        return response, fds
+    _close(fds)
     if response.HasField("error"):
         raise error_of(response.error)
-    return response
+    raise RemoteProtocolError(f"the guest gave another answer than one to {asked}")
+
+
+def _close(fds: Sequence[int]) -> None:
+    for fd in fds:
+        os.close(fd)

@@ -132,8 +132,8 @@ class Turns:
 def serve_connection(
     guest: Guest, connection: socket.socket, turns: Turns, number: int, leave: Callable[[], None]
 ) -> None:
-    """Answer one daemon until it closes."""
-    with connection, contextlib.suppress(GuestGoneError):
+    """Answer one daemon until it closes, or sends what is no message."""
+    with connection, contextlib.suppress(GuestGoneError, RemoteProtocolError):
         while True:
             request, unasked = protocol.receive(connection, pb.GuestRequest())
             for fd in unasked:

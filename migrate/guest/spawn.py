@@ -8,14 +8,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+from google.protobuf.message import DecodeError
+
 from migrate.error_info import error_of
-from migrate.errors import GuestGoneError, NativeError
+from migrate.errors import GuestGoneError, MigrateError, NativeError
 from migrate.guest.client import GuestClient
 from migrate.v1 import guest_protocol_pb2 as pb
 from migrate.v1 import types_pb2 as types
 
 _READY = b"\0"
 _KILL_WAIT_S = 10.0
+_DIED = "the guest process died while it started"
 
 
 class GuestProcess:
@@ -38,6 +41,12 @@ class GuestProcess:
             self._pidfd: int | None = os.pidfd_open(pid)
         except ProcessLookupError as error:
             raise GuestGoneError("the guest process is gone") from error
+
+    def leave(self) -> None:
+        """Let go of it; it lives on. Idempotent."""
+        pidfd, self._pidfd = self._pidfd, None
+        if pidfd is not None:
+            os.close(pidfd)
 
     def kill(self) -> None:
         """End it and wait until it is gone, with its RAM and its socket. Idempotent."""
@@ -98,6 +107,12 @@ def start_guest(start_from: types.GuestSpec | types.GuestDescription, socket_pat
     if word == _READY:
         return process
     process.kill()
-    if not word:
-        raise GuestGoneError("the guest process died while it started")
-    raise error_of(pb.GuestResponse.FromString(word).error)
+    raise refusal_of(word)
+
+
+def refusal_of(word: bytes) -> MigrateError:
+    """Why a guest process did not start, by its last words."""
+    try:
+        return error_of(pb.GuestResponse.FromString(word).error) if word else GuestGoneError(_DIED)
+    except DecodeError:  # it died before it had said all of it
+        return GuestGoneError(_DIED)

@@ -10,6 +10,7 @@ import os
 import secrets
 import threading
 import time
+from collections.abc import Iterable
 
 from google.protobuf.message import DecodeError
 
@@ -263,7 +264,7 @@ class WorkloadGuest:
                 os.close(memfd)
 
     def _touches(self) -> int:
-        return sum(self._machine.mailbox(index).touches for index in range(self._spec.vcpus))
+        return _sum_u64(self._machine.mailbox(index).touches for index in range(self._spec.vcpus))
 
     def statistics(self) -> types.GuestStatistics:
         """Sums over all vCPUs, from the mailboxes alone."""
@@ -280,8 +281,8 @@ class WorkloadGuest:
             )
         return types.GuestStatistics(
             touches=self._touches(),
-            writes=sum(box.writes for box in boxes),
-            errors=sum(box.errors for box in boxes) + bool(self._machine.failure),
+            writes=_sum_u64(box.writes for box in boxes),
+            errors=_sum_u64([*(box.errors for box in boxes), bool(self._machine.failure)]),
             stall_us=distribution_of_ticks(buckets, self._machine.tsc_khz, max_ticks, STALL_MIN_US),
             audits=min(box.audit_done for box in boxes),
             first_error=first_error,
@@ -297,7 +298,7 @@ class WorkloadGuest:
         with self._lock:
             if self.state != types.GUEST_STATE_RUNNING:
                 raise GuestBusyError("an audit is the work of a running guest")
-            wanted = max(box.audit_requested for box in boxes) + 1
+            wanted = _sum_u64([max(box.audit_requested for box in boxes), 1])
             for box in boxes:
                 box.audit_requested = wanted
         deadline = time.monotonic() + deadline_us / 1_000_000
@@ -306,3 +307,8 @@ class WorkloadGuest:
                 raise GuestBusyError(f"the audit was not done in {deadline_us / 1_000_000:.0f} s")
             time.sleep(_AUDIT_POLL_S)
         return self.statistics()
+
+
+def _sum_u64(counts: Iterable[int]) -> int:
+    """What vCPUs count is up to them, and need not fit once it is added up."""
+    return sum(counts) % 2**64
