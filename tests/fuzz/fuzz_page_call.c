@@ -1,9 +1,6 @@
 /*
  * libFuzzer targets of the page call: its decoders, the server against any client, the client against any server.
  *
- * Compiled once for each target (-DTARGET=fuzz_wire, fuzz_server, fuzz_client) together with the sources it is about;
- * scripts/test --sanitize does that. No Python, no threads; the peer is the other end of a socketpair.
- *
  * The first byte of an input for server and client says what the rest is: bytes as they come, bytes behind the
  * beginning of a good conversation, or a script of frames (see play), which gets further than bytes ever do. A bit of
  * it has the server compress.
@@ -19,6 +16,7 @@
 #include "page_call.h"
 #include "page_source.h"
 #include "session.h"
+#include "targets.h"
 #include "units.h"
 #include "wire.h"
 
@@ -27,7 +25,7 @@ enum { PAGES = 64, ASK_AHEAD = 8, ASK_PAGES = 4 };
 /* ---- the decoders ---- */
 
 /* What was understood means the same when it is written and read again. */
-__attribute__((unused)) static int fuzz_wire(const uint8_t *data, size_t count_bytes)
+int fuzz_wire(const uint8_t *data, size_t count_bytes)
 {
     uint8_t header[MIG_WIRE_HEADER_BYTES_MAX];
     struct mig_fetch_request request, request_again;
@@ -62,6 +60,7 @@ __attribute__((unused)) static int fuzz_wire(const uint8_t *data, size_t count_b
 /* What the peer says: see above. */
 static void converse(struct session *session, const uint8_t *data, size_t count_bytes)
 {
+    struct script script = {data + 1, data + count_bytes};
     const unsigned mode = data[0] % 4;
 
     if (mode > 0)
@@ -69,7 +68,7 @@ static void converse(struct session *session, const uint8_t *data, size_t count_
     if (mode > 1)
         send_call(session);
     if (mode == 3)
-        play(session, data + 1, count_bytes - 1);
+        play(session, &script);
     else
         feed(session, data + 1, count_bytes - 1);
 }
@@ -175,7 +174,7 @@ static bool serve(struct session *session)
     return true;
 }
 
-__attribute__((unused)) static int fuzz_server(const uint8_t *data, size_t count_bytes)
+void begin_server(struct session *session, int fd, bool is_compressing)
 {
     static const struct mig_h2_limits limits = {
         .message_bytes_max = 1024,
@@ -184,13 +183,19 @@ __attribute__((unused)) static int fuzz_server(const uint8_t *data, size_t count
         .window_bytes = 65535,
     };
     static const struct mig_h2_handler handler = {on_call, on_request, on_request_end, on_close, on_free};
-    struct session session = {.step = serve};
+
+    audience = is_compressing ? COMPRESSED : PLAIN;
+    session->step = serve;
+    require(!mig_h2_create(fd, MIG_H2_SERVER, &limits, &handler, session, &session->h2));
+}
+
+int fuzz_server(const uint8_t *data, size_t count_bytes)
+{
+    struct session session = {0};
 
     if (!count_bytes)
         return 0;
-    audience = data[0] & 4 ? COMPRESSED : PLAIN;
-    const int fd = connect_session(&session);
-    require(!mig_h2_create(fd, MIG_H2_SERVER, &limits, &handler, &session, &session.h2));
+    begin_server(&session, connect_session(&session), data[0] & 4);
     converse(&session, data, count_bytes);
     finish(&session);
     require(!calls.first);
@@ -288,7 +293,7 @@ static bool fetch(struct session *session)
     return true;
 }
 
-__attribute__((unused)) static int fuzz_client(const uint8_t *data, size_t count_bytes)
+void begin_client(struct session *session, int fd)
 {
     static const struct mig_h2_limits limits = {
         .message_bytes_max = 64 << 10,
@@ -299,21 +304,21 @@ __attribute__((unused)) static int fuzz_client(const uint8_t *data, size_t count
     static const struct mig_h2_handler handler = {
         .on_message = on_reply, .on_end = on_call_end, .on_close = on_call_close};
     static const char *const metadata[][2] = {{"migration-id", "m"}, {"authorization", "Bearer t"}};
-    struct session session = {.step = fetch, .is_client = true};
+
+    session->step = fetch;
+    session->is_client = true;
+    require(!mig_h2_create(fd, MIG_H2_CLIENT, &limits, &handler, session, &session->h2));
+    require(!mig_h2_call(session->h2, "x", "/migrate.v1.PageService/FetchPages", metadata, 2, NULL, &session->stream));
+}
+
+int fuzz_client(const uint8_t *data, size_t count_bytes)
+{
+    struct session session = {0};
 
     if (!count_bytes)
         return 0;
-    const int fd = connect_session(&session);
-    require(!mig_h2_create(fd, MIG_H2_CLIENT, &limits, &handler, &session, &session.h2));
-    require(!mig_h2_call(session.h2, "x", "/migrate.v1.PageService/FetchPages", metadata, 2, NULL, &session.stream));
+    begin_client(&session, connect_session(&session));
     converse(&session, data, count_bytes);
     finish(&session);
-    mig_reply_order_deinit(&session.order);
     return 0;
-}
-
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t count_bytes);
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t count_bytes)
-{
-    return TARGET(data, count_bytes);
 }

@@ -1,6 +1,7 @@
 """Writes the seeds of the fuzz targets to corpus/: a few good conversations, and one of each kind of break.
 
 Run it from the top of the tree after a change: python -m tests.fuzz.make_corpus
+What fuzzing found lies beside the seeds, named found-…, and stays.
 """
 
 import struct
@@ -10,6 +11,7 @@ import hpack
 from hyperframe import frame as frames
 
 from migrate.v1 import page_service_pb2 as pb
+from tests.fuzz.tls_seeds import certificate_seeds, tls_seeds
 from tests.harness.h2_peer import PATH, PREFACE, prefixed
 from tests.harness.zstd import compressed, frame, rle
 
@@ -147,11 +149,19 @@ def client_seeds():
 
 
 def main():
-    for target, seeds in (("wire", wire_seeds()), ("server", server_seeds()), ("client", client_seeds())):
+    targets = {
+        "wire": wire_seeds(),
+        "server": server_seeds(),
+        "client": client_seeds(),
+        "tls": tls_seeds(),
+        "certificate": certificate_seeds(),
+    }
+    for target, seeds in targets.items():
         directory = CORPUS / target
         directory.mkdir(parents=True, exist_ok=True)
         for old in directory.iterdir():
-            old.unlink()
+            if not old.name.startswith("found-"):
+                old.unlink()
         for name, seed in seeds.items():
             (directory / name).write_bytes(seed)
 

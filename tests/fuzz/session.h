@@ -7,11 +7,14 @@
 
 enum { STEPS_MAX = 200 };
 
+struct tls_end;
+
 /* What is tested, and the peer's end of its connection. */
 struct session {
-    struct mig_h2 *h2;
+    struct mig_h2 *h2; /* NULL before it is begun */
     int peer_fd;
-    bool is_reading; /* the peer takes what it is sent */
+    struct tls_end *tls; /* of the peer, whose bytes it seals; NULL: plain text */
+    bool is_reading;     /* the peer takes what it is sent */
     bool is_over;
     bool is_late; /* server: the deadlines of all calls have passed */
     /* Advances what is tested until it waits for the peer; false once the connection is over. */
@@ -27,18 +30,36 @@ void require(bool holds);
 
 /** Makes the connection; returns the end that is to be tested. */
 int connect_session(struct session *session);
+/** What is to be tested there: the page server, or the client of a page call. */
+void begin_server(struct session *session, int fd, bool is_compressing);
+void begin_client(struct session *session, int fd);
 /** Takes what the peer was sent, if it reads at all. */
 void drain(const struct session *session);
-/** Hands bytes to what is tested, as many as its socket takes at a time, and has it look at each portion. */
+/** Hands the peer's bytes, in plain text or sealed, to what is tested, and has it look at each portion. */
 void feed(struct session *session, const void *bytes, size_t count_bytes);
+/** The same with bytes as they are, as many as the socket takes at a time. */
+void feed_wire(struct session *session, const void *bytes, size_t count_bytes);
 /** The peer leaves; frees what was tested. */
 void finish(struct session *session);
+
+/* ---- script.c: an input as a list of things to do ---- */
+
+struct script {
+    const uint8_t *at, *end;
+};
+
+/** 0 where there are no more. */
+uint8_t next_byte(struct script *script);
+/** Small ones mostly; 0xff begins one of four bytes. */
+uint32_t next_number(struct script *script);
+/** A byte that says how many, then as many as there are; they lie in the script. */
+size_t next_bytes(struct script *script, const uint8_t **ret);
 
 /** The peer's beginning: of a connection, and of a call. */
 void send_greeting(struct session *session);
 void send_call(struct session *session);
 
 /** Plays frames that mostly make sense; each byte of the script, with those behind it, is one. */
-void play(struct session *session, const uint8_t *script, size_t script_bytes);
+void play(struct session *session, struct script *script);
 
 #endif
