@@ -110,6 +110,7 @@ def server_seeds():
         + b"\x0b",
         "late": SCRIPT + b"\x08\x04\x64" + ask * 3 + b"\x8a" + ask + b"\x00\x01\x01" + ask + b"\x8a",
         "heldcompressed": SCRIPT_COMPRESSING + b"\x08\x04\x00" + ask * 2 + b"\x06\x02" * 3 + b"\x05\x08",
+        "deaf": SCRIPT + ask * 2 + b"\x8b" + ask,
         "held": SCRIPT + b"\x08\x04\x00" + ask + b"\x06\x02" * 3 + b"\x00\x01\x01" + b"\x82\x01\x00\x00\x02",
     }
 

@@ -1,4 +1,5 @@
 #include <string.h>
+#include <sys/socket.h>
 
 #include "session.h"
 #include "tls_end.h"
@@ -233,9 +234,12 @@ static void acknowledge(struct turn *turn)
     send_frame(turn->session, SETTINGS, ACK, 0, NULL, 0);
 }
 
+/* For now, or so that what is sent breaks. */
 static void stop_reading(struct turn *turn)
 {
     turn->session->is_reading = !turn->session->is_reading;
+    if (turn->flags)
+        shutdown(turn->session->peer_fd, SHUT_RD);
 }
 
 static void go_away(struct turn *turn)

@@ -13,13 +13,16 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 RAW, DISTURBED, HONEST = range(3)
 CLIENT, BY_ADDRESS, COMPRESSES, HAS_PEERS, IS_LATE = 4, 8, 16, 32, 64
 # The first byte of an input for certificate.
-NAMES, CERTIFICATE, LISTED = 0, 1, 2
+NAMES, CERTIFICATE, LISTED, SHAKES_HANDS = 0, 1, 2, 4
 
 # What befalls a flight of the handshake.
 ALL, PART, EDIT, OTHERWISE, BYTES, END = (bytes([operation]) for operation in range(6))
 # What happens between frames.
 ANY_RECORD, KEY_UPDATE, ALERT, PADDING, RECORD_LENGTH, DAMAGE, PLAIN, CUT = (bytes([16 + n]) for n in range(8))
 KEY_UPDATE_REQUESTED, FATAL_ALERT, HOLD, POST_HANDSHAKE = b"\x91", b"\x92", b"\x94", b"\x90"
+
+# The peer takes nothing any more: what it is sent breaks.
+DEAF = b"\x8b"
 
 HANDSHAKE_RECORD, ALERT_RECORD = 22, 21
 ROLE = "urn:migrate:role:host"
@@ -140,6 +143,8 @@ def honest_seeds(ask):
         "badupdate": POST_HANDSHAKE + counted(message(24, b"\x07")) + ask,
         "unreadupdates": b"\x0b" + (KEY_UPDATE_REQUESTED * 8 + ask) * 6 + b"\x0b" + ask,
         "manyupdates": HOLD + number(16383) + KEY_UPDATE_REQUESTED * 40 + RECORD_LENGTH + b"\x40" + ask,
+        "deaf": DEAF + ask * 2,
+        "deaflater": ask + DEAF + ask * 2,
         "closes": ask + ALERT + b"\x00" + ask,
         **{f"alert{number}": FATAL_ALERT + bytes([number]) + ask for number in refused},
         "warning": ALERT + b"\x5a" + ask,
@@ -224,7 +229,8 @@ def certificate_seeds():
     ders["notder"] = b"\x86\x15" + ROLE.encode()
     ders["shortaddress"] = b"\x30\x1c\x87\x03\x7f\x00\x00\x86\x15" + ROLE.encode()
     seeds = {f"names-{name}": bytes([NAMES]) + der for name, der in ders.items()}
-    seeds["listed-host"] = bytes([NAMES | LISTED]) + ders["host"]
+    seeds["hands-viewer"] = bytes([NAMES | SHAKES_HANDS]) + ders["viewer"]
+    seeds["listed-host"] = bytes([NAMES | LISTED | SHAKES_HANDS]) + ders["host"]
     for name in ("host", "viewer", "kinds"):
         seeds[f"whole-{name}"] = bytes([CERTIFICATE]) + certificate(alternatives[name])
     return seeds
