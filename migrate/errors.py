@@ -107,6 +107,14 @@ class UffdUnavailableError(UnsupportedHostError):
     """No userfaultfd of the kind needed is to be had."""
 
 
+class TraceUnavailableError(UnsupportedHostError):
+    """Another process cannot be made to run a system call for us. It runs on as it was."""
+
+
+class DirtyScanUnavailableError(UnsupportedHostError):
+    """The kernel cannot tell which pages of another process were written."""
+
+
 class MissingFeatureError(UnsupportedHostError):
     """A feature that the guest relies on does not exist here: page size, protocol version, vCPU feature."""
 
@@ -134,6 +142,10 @@ class NativeError(MigrateError):
 
 class UffdError(NativeError):
     """A userfaultfd operation failed."""
+
+
+class DirtyScanError(NativeError):
+    """A dirty scan failed; what it has not told is lost, so that all pages count as dirty."""
 
 
 class KvmError(NativeError):

@@ -8,6 +8,10 @@ uint64_t mig_digest_run(const uint64_t *page_digests, uint64_t count_pages);
 uint64_t mig_digest_memory_term(uint64_t page, uint64_t page_digest);
 
 extern const uint64_t MIG_UFFD_FEATURES;
+extern const uint64_t MIG_UFFD_WP_FEATURES;
+enum mig_uffd_mode { MIG_UFFD_MISSING, MIG_UFFD_WP, ... };
+int mig_uffd_shake_hands(int uffd, uint64_t required_features);
+int mig_uffd_register(int uffd, uint64_t hva, uint64_t length_bytes, uint32_t modes);
 int mig_uffd_open(uint64_t required_features, bool user_mode_only, int *ret_fd);
 int mig_uffd_register_missing(int uffd, uint64_t hva, uint64_t length_bytes);
 int mig_uffd_unregister(int uffd, uint64_t hva, uint64_t length_bytes);
@@ -97,6 +101,40 @@ void mig_order_on_fault(struct mig_order *order, uint64_t page);
 void mig_order_on_more(struct mig_order *order, uint64_t first_page);
 uint32_t mig_order_next(struct mig_order *order, const struct mig_bitmap *missing, const struct mig_bitmap *requested,
                         uint32_t max_pages, uint64_t *ret_first_page);
+
+/* ---- other processes: inject.h, dirty_scan.h ---- */
+enum mig_inject_outcome {
+    MIG_INJECT_DONE,
+    MIG_INJECT_GONE,
+    MIG_INJECT_NOT_ALLOWED,
+    MIG_INJECT_TRACED,
+    MIG_INJECT_NOT_64_BIT,
+    MIG_INJECT_NO_SYSCALL,
+    MIG_INJECT_FILTERED,
+    MIG_INJECT_NOT_STOPPED,
+    MIG_INJECT_CALL_REFUSED,
+    MIG_INJECT_CALL_UNENDING,
+};
+struct mig_inject_terms {
+    uint64_t timeout_us;
+    bool despite_seccomp;
+};
+struct mig_injected {
+    int fd;
+    int target_fd;
+    int error;
+    int tracer_pid;
+    uint64_t stopped_ns;
+};
+int mig_inject_open_uffd(int pid, const struct mig_inject_terms *terms, struct mig_injected *ret);
+int mig_inject_close_fd(int pid, int fd, int target_fd, const struct mig_inject_terms *terms, struct mig_injected *ret);
+int mig_inject_probe(void);
+
+struct mig_dirty_scan;
+int mig_dirty_scan_start(int uffd, int pagemap_fd, uint64_t hva, uint64_t length_bytes, struct mig_dirty_scan **ret);
+int64_t mig_dirty_scan_sync(struct mig_dirty_scan *scan, uint64_t *bitmap, bool keep);
+int mig_dirty_scan_stop(struct mig_dirty_scan *scan);
+int mig_dirty_scan_probe(void);
 
 /* ---- the page call: wire.h, compress.h, reply_order.h, pacing.h, patience.h, tls.h, exports.h, pageserver.h, fetch.h ---- */
 struct mig_fetch_request {

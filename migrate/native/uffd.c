@@ -27,7 +27,20 @@ struct uffdio_poison {
 #endif
 _Static_assert(sizeof(struct uffdio_poison) == 32, "the ioctl's number holds its size");
 
+/* Linux 6.4 and 6.7. */
+#ifndef UFFD_FEATURE_WP_UNPOPULATED
+#define UFFD_FEATURE_WP_UNPOPULATED (1 << 13)
+#endif
+#ifndef UFFD_FEATURE_WP_ASYNC
+#define UFFD_FEATURE_WP_ASYNC (1 << 15)
+#endif
+
+_Static_assert((int)MIG_UFFD_MISSING == (int)UFFDIO_REGISTER_MODE_MISSING, "the kernel's numbers");
+_Static_assert((int)MIG_UFFD_WP == (int)UFFDIO_REGISTER_MODE_WP, "the kernel's numbers");
+
 const uint64_t MIG_UFFD_FEATURES = UFFD_FEATURE_MISSING_SHMEM | UFFD_FEATURE_THREAD_ID | UFFD_FEATURE_EXACT_ADDRESS;
+const uint64_t MIG_UFFD_WP_FEATURES = UFFD_FEATURE_PAGEFAULT_FLAG_WP | UFFD_FEATURE_WP_HUGETLBFS_SHMEM |
+                                      UFFD_FEATURE_WP_UNPOPULATED | UFFD_FEATURE_WP_ASYNC;
 
 static int open_raw(bool user_mode_only)
 {
@@ -59,36 +72,62 @@ static int shake_hands(int fd, uint64_t features)
     return ioctl(fd, UFFDIO_API, &api) < 0 ? -errno : 0;
 }
 
+int mig_uffd_shake_hands(int uffd, uint64_t required_features)
+{
+    /* The kernel says EINVAL to a feature that it does not know, and may be asked once more. */
+    int rc = shake_hands(uffd, required_features | UFFD_FEATURE_POISON);
+    if (rc == -EINVAL)
+        rc = shake_hands(uffd, required_features);
+    return rc == -EINVAL ? -ENOTSUP : rc;
+}
+
 int mig_uffd_open(uint64_t required_features, bool user_mode_only, int *ret_fd)
 {
     const int fd = open_raw(user_mode_only);
     if (fd < 0)
         return fd;
-    /* The kernel says EINVAL to a feature that it does not know, and may be asked once more. */
-    int rc = shake_hands(fd, required_features | UFFD_FEATURE_POISON);
-    if (rc == -EINVAL)
-        rc = shake_hands(fd, required_features);
+    const int rc = mig_uffd_shake_hands(fd, required_features);
     if (rc < 0) {
         close(fd);
-        return rc == -EINVAL ? -ENOTSUP : rc;
+        return rc;
     }
     *ret_fd = fd;
     return 0;
 }
 
-int mig_uffd_register_missing(int uffd, uint64_t hva, uint64_t length_bytes)
+int mig_uffd_register(int uffd, uint64_t hva, uint64_t length_bytes, uint32_t modes)
 {
-    struct uffdio_register arg = {
-        .range = {.start = hva, .len = length_bytes},
-        .mode = UFFDIO_REGISTER_MODE_MISSING,
-    };
-    const uint64_t needed = (1ull << _UFFDIO_COPY) | (1ull << _UFFDIO_ZEROPAGE) | (1ull << _UFFDIO_WAKE);
+    struct uffdio_register arg = {.range = {.start = hva, .len = length_bytes}, .mode = modes};
+    uint64_t needed = 1ull << _UFFDIO_WAKE;
 
+    if (modes & MIG_UFFD_MISSING)
+        needed |= (1ull << _UFFDIO_COPY) | (1ull << _UFFDIO_ZEROPAGE);
+    if (modes & MIG_UFFD_WP)
+        needed |= 1ull << _UFFDIO_WRITEPROTECT;
     if (ioctl(uffd, UFFDIO_REGISTER, &arg) < 0)
         return -errno;
     if ((arg.ioctls & needed) != needed) {
         mig_uffd_unregister(uffd, hva, length_bytes);
         return -ENOTSUP;
+    }
+    return 0;
+}
+
+int mig_uffd_register_missing(int uffd, uint64_t hva, uint64_t length_bytes)
+{
+    return mig_uffd_register(uffd, hva, length_bytes, MIG_UFFD_MISSING);
+}
+
+int mig_uffd_write_protect(int uffd, uint64_t hva, uint64_t length_bytes)
+{
+    struct uffdio_writeprotect arg = {
+        .range = {.start = hva, .len = length_bytes},
+        .mode = UFFDIO_WRITEPROTECT_MODE_WP,
+    };
+    while (ioctl(uffd, UFFDIO_WRITEPROTECT, &arg) < 0) {
+        if (errno != EAGAIN)
+            return -errno;
+        sched_yield(); /* the address space is changing */
     }
     return 0;
 }

@@ -13,6 +13,15 @@ enum mig_place_outcome {
 
 /* What the pager cannot do without, the thread and the exact address of a fault among it. */
 extern const uint64_t MIG_UFFD_FEATURES;
+/* What a dirty scan cannot do without: write-protection that the kernel lifts by itself, of pages that are not there,
+ * too. */
+extern const uint64_t MIG_UFFD_WP_FEATURES;
+
+/* What to register a range for; may be combined. */
+enum mig_uffd_mode {
+    MIG_UFFD_MISSING = 1,
+    MIG_UFFD_WP = 2,
+};
 
 /**
  * Open a userfaultfd, non-blocking and close-on-exec, and shake hands. UFFD_FEATURE_POISON is asked for, too, where
@@ -24,6 +33,23 @@ extern const uint64_t MIG_UFFD_FEATURES;
  * Returns 0 or -errno; -ENOTSUP if a feature in required_features is unknown to this kernel.
  */
 int mig_uffd_open(uint64_t required_features, bool user_mode_only, int *ret_fd);
+
+/**
+ * Shake hands on a userfaultfd that was opened elsewhere; UFFD_FEATURE_POISON is asked for as above. Once in its life.
+ *
+ * Returns 0 or -errno; -ENOTSUP if a feature is unknown to this kernel, or hands were shaken before.
+ */
+int mig_uffd_shake_hands(int uffd, uint64_t required_features);
+
+/**
+ * Register a range of the address space that the userfaultfd belongs to, be it ours or not. Modes are of mig_uffd_mode.
+ *
+ * Returns 0 or -errno; -ENOTSUP if what the modes need cannot be done there.
+ */
+int mig_uffd_register(int uffd, uint64_t hva, uint64_t length_bytes, uint32_t modes);
+
+/** Protect a range against writes; on files, the pages that are not there, too. Returns 0 or -errno. */
+int mig_uffd_write_protect(int uffd, uint64_t hva, uint64_t length_bytes);
 
 /** Register a range, missing mode. Returns 0 or -errno; -ENOTSUP if pages could not be copied in. */
 int mig_uffd_register_missing(int uffd, uint64_t hva, uint64_t length_bytes);

@@ -34,6 +34,24 @@ def open_uffd(*, user_mode_only: bool) -> int:
     return fd
 
 
+def shake_hands(uffd: int, *, with_missing: bool = False, with_wp: bool = False) -> None:
+    """Make a userfaultfd that another process opened ready for use, once in its life.
+
+    Args:
+        uffd: Our copy of it.
+        with_missing: With the features that the pager needs.
+        with_wp: With those that a dirty scan needs.
+
+    Raises:
+        UffdUnavailableError: the kernel lacks one of them, or hands were shaken before.
+    """
+    features = (lib.MIG_UFFD_FEATURES if with_missing else 0) | (lib.MIG_UFFD_WP_FEATURES if with_wp else 0)
+    rc = lib.mig_uffd_shake_hands(uffd, features)
+    if rc < 0:
+        remedy = "use Linux 6.7 or later (asynchronous write-protection)" if with_wp else _REMEDIES.get(-rc, "")
+        raise UffdUnavailableError(f"no such userfaultfd here: {os.strerror(-rc)}", remedy=remedy)
+
+
 def register_missing(uffd: int, hva: int, length_bytes: int) -> None:
     """Have missing pages of a range of the userfaultfd's process reported.
 
