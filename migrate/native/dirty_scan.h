@@ -3,8 +3,9 @@
  * written, and an ioctl of /proc/PID/pagemap that says where it was lifted. See "PAGEMAP_SCAN" in
  * Documentation/admin-guide/mm/pagemap.rst.
  *
- * It sees what goes through the page tables of that process, the vCPUs of a KVM guest and what is punched out of its
- * file among it. It does not see writes of other processes that map the same file, nor pwrite(2) to that file.
+ * It sees what goes through the page tables of that process, the vCPUs of a KVM guest among it. It does not see other
+ * processes that map the same file, pwrite(2) to that file, or that a page was punched out of it which had not been
+ * written since the last time, as by a balloon.
  */
 #ifndef MIG_DIRTY_SCAN_H
 #define MIG_DIRTY_SCAN_H

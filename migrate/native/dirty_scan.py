@@ -1,7 +1,8 @@
 """A dirty log of any process's memory, without its help: asynchronous write-protection and PAGEMAP_SCAN.
 
 It sees what goes through the page tables of that process: its threads, the vCPUs of a KVM guest, what system calls
-write for it, what is punched out of its file. It does not see other processes that map or write the same file.
+write for it. It does not see other processes that map or write the same file, or that a page was punched out of the
+file which had not been written since the last time, as by a balloon.
 """
 
 import errno
@@ -50,7 +51,8 @@ class DirtyScan:
         if scan is None:
             return
         rc = lib.mig_dirty_scan_stop(scan)
-        if rc != -errno.ESRCH:  # a process that has ended leaves nothing to clear up
+        # A process that has ended, ENOMEM in the words of userfaultfd, leaves nothing to clear up.
+        if rc not in {-errno.ESRCH, -errno.ENOMEM}:
             _check("end the dirty scan", rc)
 
 

@@ -24,7 +24,7 @@
 #define USERFAULTFD_IOC_NEW _IO(0xAA, 0x00)
 #endif
 
-enum { THREAD_SHARE = 4, GRACE_NS = 1000000000, POLL_NS = 100000 };
+enum { THREAD_SHARE = 4, GRACE_NS = 1000000000, POLL_NS = 100000, ENDING_MS = 50 };
 
 /* Runs on a thread of its own, whose end lets go of what could not be stopped; outlives a caller that gave up. */
 struct job {
@@ -41,10 +41,10 @@ struct job {
     bool is_finished, is_abandoned;
 };
 
-static bool has_ended(const struct job *job)
+static bool has_ended(const struct job *job, int timeout_ms)
 {
     struct pollfd pollfd = {.fd = job->pidfd, .events = POLLIN};
-    return poll(&pollfd, 1, 0) == 1;
+    return poll(&pollfd, 1, timeout_ms) == 1;
 }
 
 /* ---- in the process, while one of its threads is held ---- */
@@ -197,7 +197,7 @@ static int hold_any(struct job *job, struct mig_tracee *tracee)
     pid_t tids[MIG_TARGET_THREADS_MAX];
     const uint64_t share_ns = job->terms.timeout_us * 1000 / THREAD_SHARE;
     const int count = mig_target_threads(job->pid, tids);
-    int rc = count < 0 ? count : MIG_INJECT_NOT_STOPPED;
+    int rc = count == 0 ? -ESRCH : count < 0 ? count : MIG_INJECT_NOT_STOPPED;
 
     for (int i = 0; i < count; i++) {
         const uint64_t now_ns = mig_now_ns();
@@ -209,14 +209,17 @@ static int hold_any(struct job *job, struct mig_tracee *tracee)
         if (rc != -ETIMEDOUT && rc != -ESRCH)
             return rc;
     }
-    return rc == -ETIMEDOUT ? MIG_INJECT_NOT_STOPPED : rc;
+    return rc == -ETIMEDOUT && !has_ended(job, 0) ? MIG_INJECT_NOT_STOPPED : rc;
 }
 
 static int outcome_of(const struct job *job, int rc)
 {
-    if (rc < 0 && has_ended(job))
+    /* One that is about to end fails in many ways. */
+    if (rc < 0 && has_ended(job, ENDING_MS))
         return MIG_INJECT_GONE;
     switch (-rc) {
+    case ESRCH:
+        return MIG_INJECT_GONE;
     case EPERM:
     case EACCES:
         return MIG_INJECT_NOT_ALLOWED;
@@ -235,7 +238,7 @@ static int run(struct job *job)
 {
     struct mig_tracee tracee = {.pid = job->pid};
 
-    if (has_ended(job))
+    if (has_ended(job, 0))
         return MIG_INJECT_GONE;
     int rc = find_tracer(job);
     if (rc == 0 && is_32_bit(job->pid))
