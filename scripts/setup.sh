@@ -90,7 +90,7 @@ install_requirements() {
 # Builds the C extension in place and installs the command, if anything they are made of has changed.
 build_extension() {
     local inputs wanted built
-    mapfile -t inputs < <(find "$ROOT/migrate/native" -maxdepth 1 \( -name '*.[ch]' -o -name build.py \) \
+    mapfile -t inputs < <(find "$ROOT"/migrate/native{,/preload} -maxdepth 1 \( -name '*.[ch]' -o -name build.py \) \
         ! -name _native.c | LC_ALL=C sort)
     wanted=$(printf '%s\n' "${inputs[@]#"$ROOT"}" | cat - "$ROOT/pyproject.toml" "$ROOT/setup.py" "${inputs[@]}" |
         sha256sum | cut -d' ' -f1)

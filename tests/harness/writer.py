@@ -21,12 +21,13 @@ MADV_PAGEOUT = 21
 class Writer:
     """The parent's handle of one child with so many pages of shared memory. `memfd` belongs to it."""
 
-    def __init__(self, pages):
+    def __init__(self, pages, **options):
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.settimeout(20)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.harness.writer", str(theirs.fileno()), str(pages)],
             pass_fds=[theirs.fileno()],
+            **options,
         )
         theirs.close()
         message, fds, _, _ = socket.recv_fds(self._socket, 4096, 1)
