@@ -152,6 +152,12 @@ class KvmError(NativeError):
     """A KVM operation failed."""
 
 
+class QemuError(MigrateError):
+    """QEMU refused a command, or could not do it; the message has its words."""
+
+    grpc_status = "FAILED_PRECONDITION"
+
+
 class StateDirError(MigrateError):
     """What must outlive the daemon could not be written down, or read again."""
 

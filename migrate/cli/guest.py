@@ -1,5 +1,6 @@
 """`migrate guest`: what lives on a daemon's host."""
 
+from pathlib import Path
 from typing import Unpack
 
 import click
@@ -16,7 +17,7 @@ from migrate.cli.render import (
     statistics_json,
     stdout_console,
 )
-from migrate.v1 import guest_service_pb2
+from migrate.v1 import guest_service_pb2, types_pb2
 
 _name_argument = click.argument("name", type=GUEST_NAME)
 
@@ -29,16 +30,39 @@ def guest() -> None:
 @guest.command()
 @_name_argument
 @guest_options(kind="kvm", memory="1GiB", vcpus=1)
+@click.argument("qemu_options", nargs=-1, metavar="[-- QEMU OPTIONS]")
 @daemon_option
-def create(name: str, daemon: DaemonAt, **options: Unpack[GuestOptions]) -> None:
+def create(name: str, qemu_options: tuple[str, ...], daemon: DaemonAt, **options: Unpack[GuestOptions]) -> None:
     """Create guest NAME and let it run.
 
-    The guest runs a memory workload that checks itself and times its own stalls.
+    A guest of kind kvm or process runs a memory workload that checks itself and times its own stalls. One of kind qemu
+    is an unpatched QEMU: what follows `--` are its options, but for RAM and vCPUs.
     """
+    if qemu_options and options["kind"] != "qemu":
+        raise click.UsageError("options of QEMU are for --kind qemu")
+    spec = guest_spec(name, options)
+    spec.qemu.options.extend(qemu_options)
+    _create(daemon, spec, "created")
+
+
+@guest.command()
+@_name_argument
+@click.option("--qmp", required=True, metavar="SOCKET", help="Where the monitor of QEMU listens, on the daemon's host.")
+@daemon_option
+def attach(name: str, qmp: str, daemon: DaemonAt) -> None:
+    """Take over a QEMU that runs already, as guest NAME.
+
+    It runs on as it was, if its RAM is a shared file; if it cannot be moved, the error says what is missing.
+    """
+    qemu = types_pb2.QemuSpec(qmp_socket=str(Path(qmp).absolute()))
+    _create(daemon, types_pb2.GuestSpec(name=name, kind=types_pb2.GUEST_KIND_QEMU, qemu=qemu), "taken over")
+
+
+def _create(daemon: DaemonAt, spec: types_pb2.GuestSpec, verb: str) -> None:
     with connect(daemon) as remote:
-        request = guest_service_pb2.CreateGuestRequest(spec=guest_spec(name, options))
+        request = guest_service_pb2.CreateGuestRequest(spec=spec)
         created = remote.call(remote.guests.CreateGuest, request).guest
-    click.echo(f"guest {created.spec.name} created, {guest_state_word(created.state)}, pid {created.pid}")
+    click.echo(f"guest {created.spec.name} {verb}, {guest_state_word(created.state)}, pid {created.pid}")
 
 
 @guest.command("list")

@@ -19,7 +19,11 @@ DEFAULT_DAEMON = "127.0.0.1:7400"
 # What a signed 64-bit field holds; nobody has an exbibyte of RAM.
 _QUANTITY_MAX = 2**63 - 1
 _GUEST_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_KINDS = {"kvm": types_pb2.GUEST_KIND_KVM, "process": types_pb2.GUEST_KIND_PROCESS}
+_KINDS = {
+    "kvm": types_pb2.GUEST_KIND_KVM,
+    "process": types_pb2.GUEST_KIND_PROCESS,
+    "qemu": types_pb2.GUEST_KIND_QEMU,
+}
 _WORKLOADS = {
     "uniform": types_pb2.WORKLOAD_DISTRIBUTION_UNIFORM,
     "zipf": types_pb2.WORKLOAD_DISTRIBUTION_ZIPF,

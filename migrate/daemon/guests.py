@@ -1,5 +1,6 @@
 """The guests of this host: their processes, their names, and which migration is moving them."""
 
+import contextlib
 import logging
 import threading
 from collections.abc import Sequence
@@ -21,8 +22,8 @@ from migrate.errors import (
     RemoteProtocolError,
 )
 from migrate.guest.client import GuestClient
-from migrate.guest.layout import check_spec
 from migrate.guest.spawn import GuestProcess, adopt_guest, start_guest
+from migrate.guest.spec import check_spec
 from migrate.telemetry.host import available_bytes
 from migrate.units import format_bytes
 from migrate.v1 import types_pb2 as types
@@ -86,6 +87,8 @@ class GuestRegistry:
             UnsupportedHostError: this host cannot run its kind.
         """
         check_spec(spec)
+        if spec.kind == types.GUEST_KIND_QEMU and spec.qemu.qmp_socket:
+            return self.describe(self._start(spec, spec, ""))  # its memory is here already
         needed_bytes = spec.workload.working_set_bytes or spec.memory_bytes
         if needed_bytes > available_bytes():
             raise NotEnoughMemoryError(
@@ -192,6 +195,10 @@ class GuestRegistry:
         """End a guest, free its RAM and its name."""
         with self._lock:
             guest.is_leaving = True
+        if guest.spec.kind == types.GUEST_KIND_QEMU:
+            # One that was taken over is no child of the guest process, so it does not end with it.
+            with contextlib.suppress(MigrateError):
+                guest.client.shutdown()
         guest.client.close()
         guest.process.kill()
         with self._left:
@@ -200,11 +207,12 @@ class GuestRegistry:
             self._left.notify_all()
 
     def close(self) -> None:
-        """End all guests."""
+        """End all guests that were started here; those that were taken over run on."""
         with self._lock:
             guests = list(self._guests.values())
         for guest in guests:
-            self.remove(guest)
+            guest.client.close()
+            guest.process.kill()
 
     def _start(
         self, spec: types.GuestSpec, start_from: types.GuestSpec | types.GuestDescription, migration_id: str
@@ -227,7 +235,8 @@ class GuestRegistry:
             except MigrateError:
                 process.kill()
                 raise
-            guest = HostedGuest(spec, process, client, migration_id)
+            # A guest that was taken over says itself what it is.
+            guest = HostedGuest(client.look().description.spec, process, client, migration_id)
             with self._lock:
                 self._guests[spec.name] = guest
             return guest

@@ -15,6 +15,8 @@ from migrate.errors import GuestBusyError, GuestGoneError, MigrateError, NativeE
 from migrate.guest import protocol
 from migrate.guest.coredumps import forbid_core_dumps
 from migrate.guest.port import Guest
+from migrate.guest.qemu.guest import QemuGuest
+from migrate.guest.spawn import directory_of
 from migrate.guest.workload import WorkloadGuest
 from migrate.v1 import guest_protocol_pb2 as pb
 from migrate.v1 import types_pb2 as types
@@ -182,8 +184,12 @@ def main() -> None:
     born.add_argument("--description", type=bytes.fromhex)
     arguments = parser.parse_args()
 
+    guest: Guest | None = None
+
     def leave(*_: object) -> None:
         # vCPU threads may wait in the kernel for ever: the process ends without asking them.
+        if guest is not None:
+            guest.end()
         arguments.socket.unlink(missing_ok=True)
         os._exit(0)
 
@@ -194,7 +200,10 @@ def main() -> None:
                 description = types.GuestDescription(spec=types.GuestSpec.FromString(arguments.spec))
             else:
                 description = types.GuestDescription.FromString(arguments.description)
-            guest = WorkloadGuest(description)
+            if description.spec.kind == types.GUEST_KIND_QEMU:
+                guest = QemuGuest(description, directory_of(arguments.socket), on_end=leave)
+            else:
+                guest = WorkloadGuest(description)
             listener = _listen(arguments.socket)
         except (MigrateError, OSError) as error:
             known = error if isinstance(error, MigrateError) else NativeError("start the guest", error.errno or 0)

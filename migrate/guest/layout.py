@@ -1,9 +1,8 @@
-"""Where everything lies in a guest's RAM, and what a guest may ask for. Pure arithmetic, the same for both kinds.
+"""Where everything lies in the RAM of a guest of ours, kvm or process. Pure arithmetic.
 
 0x1000  parameters | page tables | code | one state page per vCPU | one stack page per vCPU | versions | workload
 """
 
-import re
 from dataclasses import dataclass
 
 from migrate.errors import ConfigError
@@ -11,14 +10,9 @@ from migrate.native.machine import PAGE_TABLE_GPA, VCPUS_MAX, PayloadParams
 from migrate.units import PAGE_SIZE_BYTES, bytes_to_pages, format_bytes, pages_to_bytes
 from migrate.v1 import types_pb2 as types
 
-MEMORY_MIN_BYTES = 16 << 20
-MEMORY_MAX_BYTES = 128 << 30
-_MEMORY_STEP_BYTES = 2 << 20
 _CODE_PAGES = 4
 _VERSION_BYTES = 8
 _IDLE_TOUCHES_PER_S = 100
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_KINDS = (types.GUEST_KIND_KVM, types.GUEST_KIND_PROCESS)
 _C_DISTRIBUTIONS = {
     types.WORKLOAD_DISTRIBUTION_UNIFORM: 1,
     types.WORKLOAD_DISTRIBUTION_ZIPF: 2,
@@ -39,21 +33,12 @@ class Layout:
     working_pages: int
 
 
-def check_spec(spec: types.GuestSpec) -> None:
-    """Whether such a guest can exist.
+def check_workload_spec(spec: types.GuestSpec) -> None:
+    """Whether such a guest of ours can exist, as far as its vCPUs and its workload go.
 
     Raises:
         ConfigError: it cannot; the message says why.
     """
-    if not _NAME.fullmatch(spec.name):
-        raise ConfigError(f"{spec.name[:80]!r} is no guest name: 1 to 64 of letters, digits, '.', '_' and '-'")
-    if spec.kind not in _KINDS:
-        raise ConfigError("a guest is of kind kvm or process")
-    if not MEMORY_MIN_BYTES <= spec.memory_bytes <= MEMORY_MAX_BYTES or spec.memory_bytes % _MEMORY_STEP_BYTES:
-        raise ConfigError(
-            f"a guest's memory is a multiple of 2 MiB from {format_bytes(MEMORY_MIN_BYTES)}"
-            f" to {format_bytes(MEMORY_MAX_BYTES)}, not {spec.memory_bytes} bytes"
-        )
     if not 1 <= spec.vcpus <= VCPUS_MAX:
         raise ConfigError(f"a guest has 1 to {VCPUS_MAX} vCPUs, not {spec.vcpus}")
     if spec.workload.distribution not in _C_DISTRIBUTIONS:

@@ -63,3 +63,6 @@ class Guest(Protocol):
 
     def audit(self, deadline_us: int) -> types.GuestStatistics:
         """Have the guest compare all its pages."""
+
+    def end(self) -> None:
+        """End what would outlive this process. Idempotent."""

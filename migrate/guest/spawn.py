@@ -3,6 +3,7 @@
 import contextlib
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,11 @@ from migrate.v1 import types_pb2 as types
 _READY = b"\0"
 _KILL_WAIT_S = 10.0
 _DIED = "the guest process died while it started"
+
+
+def directory_of(socket_path: Path) -> Path:
+    """Where the guest that listens there keeps files of its own, if it has any."""
+    return socket_path.with_suffix(".d")
 
 
 class GuestProcess:
@@ -49,7 +55,7 @@ class GuestProcess:
             os.close(pidfd)
 
     def kill(self) -> None:
-        """End it and wait until it is gone, with its RAM and its socket. Idempotent."""
+        """End it and wait until it is gone, with its RAM, its socket and its files. Idempotent."""
         pidfd, self._pidfd = self._pidfd, None
         if pidfd is None:
             return
@@ -64,6 +70,7 @@ class GuestProcess:
         if self._child is not None:
             self._child.wait(_KILL_WAIT_S)
         self._socket_path.unlink(missing_ok=True)
+        shutil.rmtree(directory_of(self._socket_path), ignore_errors=True)
 
 
 def adopt_guest(socket_path: Path) -> tuple[GuestProcess, GuestClient]:

@@ -16,7 +16,8 @@ from google.protobuf.message import DecodeError
 
 from migrate.errors import GuestBusyError, MigrateError, RemoteProtocolError, UffdUnavailableError
 from migrate.guest.features import check_cpuid_supported
-from migrate.guest.layout import check_spec, layout_of, payload_params
+from migrate.guest.layout import layout_of, payload_params
+from migrate.guest.spec import check_spec
 from migrate.native import uffd
 from migrate.native.machine import MAILBOX_BYTES, Machine, check_vcpu_state, supported_cpuid
 from migrate.telemetry.histogram import distribution_of_ticks
@@ -307,6 +308,9 @@ class WorkloadGuest:
                 raise GuestBusyError(f"the audit was not done in {deadline_us / 1_000_000:.0f} s")
             time.sleep(_AUDIT_POLL_S)
         return self.statistics()
+
+    def end(self) -> None:
+        """Nothing outlives this process."""
 
 
 def _sum_u64(counts: Iterable[int]) -> int:

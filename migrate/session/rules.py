@@ -75,7 +75,7 @@ def choose_mode(asked: int, kind: int) -> "types.MigrationMode.ValueType":
     Raises:
         ConfigError: the guest cannot be moved in the mode that was asked for.
     """
-    has_dirty_log = kind == types.GUEST_KIND_KVM
+    has_dirty_log = kind != types.GUEST_KIND_PROCESS
     if asked == types.MIGRATION_MODE_UNSPECIFIED:
         return types.MIGRATION_MODE_HYBRID if has_dirty_log else types.MIGRATION_MODE_POSTCOPY
     if asked in (types.MIGRATION_MODE_HYBRID, types.MIGRATION_MODE_PRECOPY) and not has_dirty_log:

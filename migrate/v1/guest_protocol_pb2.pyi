@@ -693,7 +693,7 @@ Global___ShutdownResponse: _TypeAlias = ShutdownResponse  # noqa: Y015
 
 @_typing.final
 class MachineState(_message.Message):
-    """State of a guest of kind kvm or process: SaveStateResponse.state."""
+    """State of a guest: SaveStateResponse.state."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -701,11 +701,14 @@ class MachineState(_message.Message):
     KIND_FIELD_NUMBER: _builtins.int
     VCPUS_FIELD_NUMBER: _builtins.int
     MAILBOX_FIELD_NUMBER: _builtins.int
+    QEMU_STREAM_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     """1."""
     kind: _types_pb2.GuestKind.ValueType
     mailbox: _builtins.bytes
-    """The paravirtual device through which the workload counts and times its touches."""
+    """The paravirtual device through which the workload counts and times its touches; kinds kvm and process."""
+    qemu_stream: _builtins.bytes
+    """QEMU's migration stream with x-ignore-shared; kind qemu, which has nothing else."""
     @_builtins.property
     def vcpus(self) -> _containers.RepeatedCompositeFieldContainer[Global___VcpuState]: ...
     def __init__(
@@ -715,10 +718,11 @@ class MachineState(_message.Message):
         kind: _types_pb2.GuestKind.ValueType = ...,
         vcpus: _abc.Iterable[Global___VcpuState] | None = ...,
         mailbox: _builtins.bytes = ...,
+        qemu_stream: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "mailbox", b"mailbox", "vcpus", b"vcpus", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "mailbox", b"mailbox", "qemu_stream", b"qemu_stream", "vcpus", b"vcpus", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -30,6 +30,8 @@ class _GuestKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_GuestKind.V
     """Our own small VMM on /dev/kvm."""
     GUEST_KIND_PROCESS: _GuestKind.ValueType  # 2
     """The same workload as a plain process, without KVM."""
+    GUEST_KIND_QEMU: _GuestKind.ValueType  # 3
+    """An unpatched QEMU, with whatever runs in it."""
 
 class GuestKind(_GuestKind, metaclass=_GuestKindEnumTypeWrapper):
     """What kind of thing a guest is."""
@@ -39,6 +41,8 @@ GUEST_KIND_KVM: GuestKind.ValueType  # 1
 """Our own small VMM on /dev/kvm."""
 GUEST_KIND_PROCESS: GuestKind.ValueType  # 2
 """The same workload as a plain process, without KVM."""
+GUEST_KIND_QEMU: GuestKind.ValueType  # 3
+"""An unpatched QEMU, with whatever runs in it."""
 Global___GuestKind: _TypeAlias = GuestKind  # noqa: Y015
 
 class _GuestState:
@@ -369,6 +373,38 @@ class WorkloadSpec(_message.Message):
 Global___WorkloadSpec: _TypeAlias = WorkloadSpec  # noqa: Y015
 
 @_typing.final
+class QemuSpec(_message.Message):
+    """What makes a guest of kind qemu."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OPTIONS_FIELD_NUMBER: _builtins.int
+    QMP_SOCKET_FIELD_NUMBER: _builtins.int
+    qmp_socket: _builtins.str
+    """Where the monitor of a QEMU listens that runs already on the daemon's host and is taken over: then its options, RAM
+    and vCPUs are taken from it. Never leaves that host.
+    """
+    @_builtins.property
+    def options(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Options of QEMU's command line, a word each, without RAM, vCPUs and monitors of ours. {dir} in a word stands for a
+        directory of the guest's own, which is another one on each host.
+        """
+
+    def __init__(
+        self,
+        *,
+        options: _abc.Iterable[_builtins.str] | None = ...,
+        qmp_socket: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["options", b"options", "qmp_socket", b"qmp_socket"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QemuSpec: _TypeAlias = QemuSpec  # noqa: Y015
+
+@_typing.final
 class GuestSpec(_message.Message):
     """A guest as its creator asks for it."""
 
@@ -379,13 +415,18 @@ class GuestSpec(_message.Message):
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     VCPUS_FIELD_NUMBER: _builtins.int
     WORKLOAD_FIELD_NUMBER: _builtins.int
+    QEMU_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """1 to 64 of [A-Za-z0-9._-], starting with a letter or digit."""
     kind: Global___GuestKind.ValueType
     memory_bytes: _builtins.int
     vcpus: _builtins.int
     @_builtins.property
-    def workload(self) -> Global___WorkloadSpec: ...
+    def workload(self) -> Global___WorkloadSpec:
+        """Of kinds kvm and process."""
+
+    @_builtins.property
+    def qemu(self) -> Global___QemuSpec: ...
     def __init__(
         self,
         *,
@@ -394,10 +435,11 @@ class GuestSpec(_message.Message):
         memory_bytes: _builtins.int = ...,
         vcpus: _builtins.int = ...,
         workload: Global___WorkloadSpec | None = ...,
+        qemu: Global___QemuSpec | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["workload", b"workload"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["qemu", b"qemu", "workload", b"workload"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "memory_bytes", b"memory_bytes", "name", b"name", "vcpus", b"vcpus", "workload", b"workload"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "memory_bytes", b"memory_bytes", "name", b"name", "qemu", b"qemu", "vcpus", b"vcpus", "workload", b"workload"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -480,7 +522,10 @@ class GuestDescription(_message.Message):
     PAGE_SIZE_BYTES_FIELD_NUMBER: _builtins.int
     REGIONS_FIELD_NUMBER: _builtins.int
     CPUID_FIELD_NUMBER: _builtins.int
+    MACHINE_TYPE_FIELD_NUMBER: _builtins.int
     page_size_bytes: _builtins.int
+    machine_type: _builtins.str
+    """Of kind qemu: the machine by a name that means the same in every QEMU that knows it, e.g. pc-i440fx-7.2."""
     @_builtins.property
     def spec(self) -> Global___GuestSpec: ...
     @_builtins.property
@@ -496,10 +541,11 @@ class GuestDescription(_message.Message):
         page_size_bytes: _builtins.int = ...,
         regions: _abc.Iterable[Global___RamRegion] | None = ...,
         cpuid: _abc.Iterable[Global___CpuidEntry] | None = ...,
+        machine_type: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpuid", b"cpuid", "page_size_bytes", b"page_size_bytes", "regions", b"regions", "spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpuid", b"cpuid", "machine_type", b"machine_type", "page_size_bytes", b"page_size_bytes", "regions", b"regions", "spec", b"spec"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

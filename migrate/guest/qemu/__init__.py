@@ -1,0 +1,1 @@
+"""An unpatched QEMU as a guest (docs/qemu.md)."""

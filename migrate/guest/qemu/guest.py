@@ -1,0 +1,437 @@
+"""A guest of kind qemu: a QEMU that we start, or one that runs already, behind the port that every guest has.
+
+Its RAM is one shared file, of which the daemon gets a descriptor; QEMU's own migration stream carries everything else
+(capability x-ignore-shared). The userfaultfds are made inside QEMU, from outside (native/inject.py). No call but those
+that change the guest asks QEMU anything: one that waits for a page answers nobody.
+"""
+
+import contextlib
+import fcntl
+import mmap
+import os
+import secrets
+import socket
+import subprocess
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+from google.protobuf.message import DecodeError
+
+from migrate.errors import (
+    GuestBusyError,
+    GuestGoneError,
+    MigrateError,
+    MissingFeatureError,
+    QemuError,
+    RemoteProtocolError,
+    UnsupportedHostError,
+)
+from migrate.guest.features import check_cpuid_supported
+from migrate.guest.qemu.attach import attach, machine_type_of
+from migrate.guest.qemu.command import command_line, program
+from migrate.guest.qemu.faults import Faults, InjectedFaults, Opened, listening, needs_preload
+from migrate.guest.qemu.features import cpuid_of
+from migrate.guest.qemu.process import Mapping, Watched, find_mapping
+from migrate.guest.qemu.qmp import Qmp
+from migrate.native import uffd
+from migrate.native.dirty_scan import DirtyScan
+from migrate.units import PAGE_SIZE_BYTES
+from migrate.v1 import guest_protocol_pb2 as pb
+from migrate.v1 import types_pb2 as types
+
+STATE_VERSION = 1
+_MFD_FLAGS = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+_F_ADD_SEALS = 1033
+_F_SEAL_SHRINK_GROW = 0x2 | 0x4
+_INCOMING = "inmigrate"
+_CAPABILITIES = {"x-ignore-shared": True, "events": True}
+# The state was saved, but QEMU has not yet come to rest.
+_SAVING = "finish-migrate"
+_LAST_WORDS_BYTES = 2000
+
+
+class QemuGuest:
+    """One QEMU and its state: RUNNING ⇄ PAUSED, or INCOMING until it first runs.
+
+    Args:
+        description: The guest; one with an empty `regions` begins its life here, or runs already.
+        directory: What stands for {dir} in its options; made, and removed by `end`.
+        on_end: Called when QEMU has ended by itself.
+
+    Raises:
+        MigrateError: this host cannot run it, or not take it over; one that runs already runs on.
+    """
+
+    def __init__(self, description: types.GuestDescription, directory: Path, on_end: Callable[[], None]) -> None:
+        self.instance = secrets.token_hex(8)
+        self._directory = directory
+        self._lock = threading.RLock()
+        self._armed: Opened | None = None
+        self._saved_state: bytes | None = None
+        self._owners_capabilities: dict[str, bool] = {}
+        self._is_loading = False
+        self._mapping: Mapping | None = None
+        self._dirty_log: _DirtyLog | None = None
+        self._is_ours = not description.spec.qemu.qmp_socket
+        self._spec = types.GuestSpec()
+        self._spec.CopyFrom(description.spec)
+        self._is_incoming = bool(description.regions)
+        self._is_running = False
+        self._has_run = not self._is_incoming
+        directory.mkdir(mode=0o700, exist_ok=True)
+        if self._is_ours:
+            self._start(description.machine_type)
+        else:
+            self._attach()
+        try:
+            self._machine_type = description.machine_type or machine_type_of(self._qmp)
+            self._cpuid = cpuid_of(self._qmp)
+            self._process = Watched(self._pid, lambda: None if self._is_loading else on_end())
+            self._qmp.on_event = self._on_event
+            if self._is_ours:
+                self._qmp.set_capabilities(_CAPABILITIES)
+            if self._is_incoming:
+                check_cpuid_supported(description.cpuid, self._cpuid)
+                self._await_incoming()
+            elif self._is_ours:
+                self.resume()
+        except BaseException:
+            self._abandon()
+            raise
+
+    # ---- how it begins ----
+
+    def _start(self, machine_type: str) -> None:
+        spec = self._spec
+        self.memfd = os.memfd_create(f"migrate-{spec.name}", _MFD_FLAGS)
+        os.ftruncate(self.memfd, spec.memory_bytes)
+        fcntl.fcntl(self.memfd, _F_ADD_SEALS, _F_SEAL_SHRINK_GROW)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        command = command_line(
+            spec,
+            program=program(),
+            ram_fd=self.memfd,
+            monitor_fd=theirs.fileno(),
+            directory=self._directory,
+            machine_type=machine_type,
+        )
+        # It ends with us: nobody else could say what its vCPUs may do.
+        command = ["setpriv", "--pdeathsig", "KILL", *command, "-S"]
+        with contextlib.ExitStack() as stack:
+            await_faults, variables = None, {"LD_PRELOAD": ""}
+            if needs_preload():
+                variables, await_faults = stack.enter_context(listening(self._directory, spec.memory_bytes))
+            with theirs, self._log.open("wb") as log:
+                self._child = _spawn(command, variables, [self.memfd, theirs.fileno()], log)
+            self._pid = self._child.pid
+            try:
+                self._qmp = Qmp(ours)
+                self._faults: Faults = InjectedFaults(self._pid, is_ours=True)
+                if await_faults is not None:
+                    self._faults = await_faults(self.memfd)
+            except MigrateError as error:
+                self._child.kill()
+                self._child.wait()
+                raise (self._last_words("start") if isinstance(error, GuestGoneError) else error) from error
+
+    @property
+    def _log(self) -> Path:
+        return self._directory / "qemu.log"
+
+    def _last_words(self, what: str) -> MigrateError:
+        words = self._log.read_bytes()[-_LAST_WORDS_BYTES:].decode(errors="replace").strip()
+        if "No such file or directory" in words and program() in words:
+            return UnsupportedHostError(
+                f"there is no {program()} on this host", remedy="install it (Debian: qemu-system-x86)"
+            )
+        cls = MissingFeatureError if self._is_incoming else QemuError
+        return cls(f"QEMU did not {what}: {words or 'it does not say why'}")
+
+    def _attach(self) -> None:
+        found = attach(self._spec.qemu.qmp_socket)
+        self._qmp, self._pid, self.memfd, self._machine_type = found.qmp, found.pid, found.ram_fd, found.machine_type
+        self._spec.memory_bytes, self._spec.vcpus = found.memory_bytes, found.vcpus
+        self._spec.qemu.options[:] = found.options
+        self._is_running = found.is_running
+        self._faults = faults = InjectedFaults(self._pid, is_ours=False)
+        try:
+            # What would be missing at its migration is better known now.
+            faults.check()
+            self._find_mapping()
+        except MigrateError:
+            self._abandon()
+            raise
+
+    def _await_incoming(self) -> None:
+        status = self._qmp.call("query-status")["status"]
+        if status != _INCOMING:
+            raise QemuError(f"QEMU is in state {status}, it does not wait for a migration")
+        with mmap.mmap(self.memfd, self._spec.memory_bytes) as ram:
+            # What QEMU wrote when it made the machine: the source's pages are all that counts.
+            ram.madvise(mmap.MADV_REMOVE)
+
+    def _find_mapping(self) -> Mapping:
+        if self._mapping is None:
+            self._mapping = find_mapping(self._pid, self.memfd)
+            if self._mapping.length_bytes < self._spec.memory_bytes:
+                raise UnsupportedHostError("QEMU has not mapped all of its RAM")
+        return self._mapping
+
+    # ---- what it is ----
+
+    @property
+    def is_armed(self) -> bool:
+        """Whether RAM is registered, so that pages may be missing."""
+        return self._armed is not None
+
+    @property
+    def state(self) -> "types.GuestState.ValueType":
+        """What the guest does now, as far as QEMU has said."""
+        if not self._has_run:
+            return types.GUEST_STATE_INCOMING
+        return types.GUEST_STATE_RUNNING if self._is_running else types.GUEST_STATE_PAUSED
+
+    def describe(self) -> types.GuestDescription:
+        """The guest, and what it occupies now; without what only this host knows of it."""
+        region = types.RamRegion(
+            region=0, size_bytes=self._spec.memory_bytes, resident_bytes=os.fstat(self.memfd).st_blocks * 512
+        )
+        description = types.GuestDescription(
+            spec=self._spec,
+            page_size_bytes=PAGE_SIZE_BYTES,
+            regions=[region],
+            cpuid=self._cpuid,
+            machine_type=self._machine_type,
+        )
+        description.spec.qemu.qmp_socket = ""
+        return description
+
+    def _on_event(self, name: str) -> None:
+        if name in {"STOP", "RESUME"}:
+            self._is_running = name == "RESUME"
+
+    # ---- vCPUs and devices ----
+
+    def pause(self) -> None:
+        """Stop the vCPUs.
+
+        Raises:
+            GuestBusyError: it never ran, or QEMU waits for a page.
+        """
+        with self._lock:
+            if not self._has_run:
+                raise GuestBusyError("the guest has not arrived yet")
+            if not self._is_ours and not self._owners_capabilities:
+                self._owners_capabilities = self._qmp.set_capabilities(_CAPABILITIES)
+            self._qmp.call("stop")
+            self._is_running = False
+
+    def resume(self) -> None:
+        """Let the vCPUs run.
+
+        Raises:
+            GuestBusyError: its state has not been loaded.
+        """
+        with self._lock:
+            if self._is_incoming:
+                raise GuestBusyError("the guest has not arrived yet")
+            while self._saved_state is not None and self._qmp.call("query-status")["status"] == _SAVING:
+                pass  # it comes to rest within milliseconds, and says nothing when it does
+            self._qmp.call("cont")
+            self._saved_state = None
+            self._has_run = self._is_running = True
+            if self._owners_capabilities:
+                self._qmp.set_capabilities(self._owners_capabilities)
+                self._owners_capabilities = {}
+
+    def save_state(self) -> tuple[bytes, int]:
+        """QEMU's own stream of a paused guest, RAM left out. The guest may run on afterwards.
+
+        Raises:
+            GuestBusyError: it is not paused.
+            QemuError: QEMU cannot say it all: a device of it cannot be migrated.
+        """
+        with self._lock:
+            if self.state != types.GUEST_STATE_PAUSED:
+                raise GuestBusyError("state is saved of a paused guest only")
+            if self._saved_state is None:  # QEMU saves once for each time that it stops
+                stream = self._stream_through("migrate", b"")
+                state = pb.MachineState(version=STATE_VERSION, kind=self._spec.kind, qemu_stream=stream)
+                self._saved_state = state.SerializeToString()
+            return self._saved_state, 0
+
+    def load_state(self, serialized: bytes) -> None:
+        """Take over the state of a guest that stopped elsewhere. QEMU touches RAM meanwhile: pages must come.
+
+        Raises:
+            GuestBusyError: this one has a state already.
+            RemoteProtocolError: not a state of such a guest; nothing was changed.
+            QemuError: QEMU does not take it; it is fit for nothing then.
+        """
+        with self._lock:
+            if not self._is_incoming:
+                raise GuestBusyError("the guest has a state already")
+            state = pb.MachineState()
+            try:
+                state.ParseFromString(serialized)
+            except DecodeError as error:
+                raise RemoteProtocolError("the guest's state is not a message") from error
+            if (state.version, state.kind) != (STATE_VERSION, self._spec.kind) or not state.qemu_stream:
+                raise RemoteProtocolError(f"state is version {state.version} of kind {state.kind}")
+            self._is_loading = True
+            try:
+                self._stream_through("migrate-incoming", state.qemu_stream)
+            except GuestGoneError as error:  # it ends, and says why where it says everything
+                raise self._last_words("take the state") from error
+            self._is_loading = self._is_incoming = False
+
+    def _stream_through(self, command: str, stream: bytes) -> bytes:
+        """Have QEMU read a stream, or write one, which is returned."""
+        fd = os.memfd_create("migrate-state", os.MFD_CLOEXEC)
+        try:
+            with os.fdopen(os.dup(fd), "wb") as file:
+                file.write(stream)
+            os.lseek(fd, 0, os.SEEK_SET)
+            self._qmp.migrate(command, fd)
+            return os.pread(fd, os.fstat(fd).st_size, 0)
+        finally:
+            os.close(fd)
+
+    # ---- pages ----
+
+    def arm(self) -> tuple[int, int]:
+        """Register RAM; the userfaultfd, of which QEMU has a copy too, and RAM's address in QEMU. Repeatable.
+
+        Raises:
+            UnsupportedHostError: this host does not let us.
+        """
+        with self._lock:
+            mapping = self._find_mapping()
+            if self._armed is None:
+                if self._has_run:
+                    raise GuestBusyError("RAM is armed before a guest runs")
+                opened = self._faults.open(with_wp=False)
+                try:
+                    uffd.register_missing(opened.fd, mapping.hva, self._spec.memory_bytes)
+                except MigrateError:
+                    opened.close()
+                    raise
+                self._armed = opened
+            return self._armed.fd, mapping.hva
+
+    def disarm(self) -> None:
+        """Let RAM go: holes read as zero from now on, and nothing of ours is left in QEMU. Repeatable."""
+        with self._lock:
+            if self._armed is not None:
+                uffd.unregister(self._armed.fd, self._find_mapping().hva, self._spec.memory_bytes)
+                armed, self._armed = self._armed, None
+                armed.close()
+
+    def start_dirty_log(self) -> int:
+        """Note the pages that QEMU writes; the memfd of the log. Repeatable: the log begins anew.
+
+        Raises:
+            UnsupportedHostError: this host does not let us.
+        """
+        with self._lock:
+            self.stop_dirty_log()
+            self._dirty_log = _DirtyLog(self._faults, self._find_mapping().hva, self._spec)
+            return self._dirty_log.memfd
+
+    def sync_dirty_log(self, *, keep: bool) -> int:
+        """Move what was noted into the log's memfd; how many pages that are. With `keep`, it stays noted, too.
+
+        Raises:
+            GuestBusyError: no log was begun.
+        """
+        with self._lock:
+            if self._dirty_log is None:
+                raise GuestBusyError("no dirty log was begun")
+            return self._dirty_log.sync(keep=keep)
+
+    def stop_dirty_log(self) -> None:
+        """Note nothing any more. Repeatable."""
+        with self._lock:
+            log, self._dirty_log = self._dirty_log, None
+            if log is not None:
+                log.close()
+
+    # ---- what it knows of itself ----
+
+    def statistics(self) -> types.GuestStatistics:
+        """Nothing: what runs in it is not ours to ask."""
+        return types.GuestStatistics()
+
+    def audit(self, deadline_us: int) -> types.GuestStatistics:  # noqa: ARG002 - the port's
+        """Cannot be had.
+
+        Raises:
+            UnsupportedHostError: always.
+        """
+        raise UnsupportedHostError(
+            "a guest of kind qemu has no workload of ours that could compare its pages", remedy="migrate with --verify"
+        )
+
+    # ---- how it ends ----
+
+    def end(self) -> None:
+        """End QEMU, whoever started it, and remove the directory. Idempotent."""
+        self._process.kill()
+        self._remove_directory()
+
+    def _abandon(self) -> None:
+        """It could not be made: end what is ours, and let be what is not."""
+        if self._is_ours:
+            self._child.kill()
+            self._child.wait()
+        self._qmp.close()
+        os.close(self.memfd)
+        self._remove_directory()
+
+    def _remove_directory(self) -> None:
+        for path in self._directory.iterdir() if self._directory.exists() else ():
+            with contextlib.suppress(OSError):
+                path.unlink()
+        with contextlib.suppress(OSError):
+            self._directory.rmdir()
+
+
+class _DirtyLog:
+    """Pages that one process writes, in a memfd of a bit for each page."""
+
+    def __init__(self, faults: Faults, hva: int, spec: types.GuestSpec) -> None:
+        size_bytes = -(-(spec.memory_bytes // PAGE_SIZE_BYTES) // 64) * 8
+        with contextlib.ExitStack() as stack:
+            opened = faults.open(with_wp=True)
+            stack.callback(opened.close)
+            self._scan = DirtyScan(opened.fd, opened.pagemap_fd, hva, spec.memory_bytes)
+            stack.callback(self._scan.stop)
+            self.memfd = os.memfd_create(f"migrate-{spec.name}-dirty", _MFD_FLAGS)
+            stack.callback(os.close, self.memfd)
+            os.ftruncate(self.memfd, size_bytes)
+            fcntl.fcntl(self.memfd, _F_ADD_SEALS, _F_SEAL_SHRINK_GROW)
+            self._bitmap = mmap.mmap(self.memfd, size_bytes)
+            stack.callback(self._bitmap.close)
+            self._stack = stack.pop_all()
+
+    def sync(self, *, keep: bool) -> int:
+        """As the guest has it."""
+        return self._scan.sync(self._bitmap, keep=keep)
+
+    def close(self) -> None:
+        """Note nothing any more; nothing of ours is left in the process."""
+        self._stack.close()
+
+
+def _spawn(
+    command: list[str], variables: dict[str, str], pass_fds: list[int], log: BinaryIO
+) -> "subprocess.Popen[bytes]":
+    environment = {name: value for name, value in {**os.environ, **variables}.items() if value}
+    try:
+        return subprocess.Popen(
+            command, pass_fds=pass_fds, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+        )
+    except OSError as error:
+        raise UnsupportedHostError(f"QEMU cannot be started: {error.strerror}") from error
