@@ -24,7 +24,7 @@
 #define USERFAULTFD_IOC_NEW _IO(0xAA, 0x00)
 #endif
 
-enum { THREAD_SHARE = 4, GRACE_NS = 1000000000, POLL_NS = 100000, ENDING_MS = 50 };
+enum { THREAD_SHARE = 4, GRACE_NS = 1000000000, POLL_NS = 100000, ENDING_MS = 50, TRIES = 100 };
 
 /* Runs on a thread of its own, whose end lets go of what could not be stopped; outlives a caller that gave up. */
 struct job {
@@ -164,11 +164,13 @@ static bool is_same_file(const struct job *job)
 static int find_tracer(struct job *job)
 {
     const struct timespec pause = {.tv_nsec = POLL_NS};
-    uint64_t tracer = 0;
+    uint64_t tracer = 0, process = 0;
 
     while (mig_target_status(job->pid, job->pid, "TracerPid", 10, &tracer) == 0 && tracer != 0) {
-        if (tracer != (uint64_t)getpid() || mig_now_ns() > job->deadline_ns) {
-            job->injected.tracer_pid = (int)tracer;
+        /* It is a thread; whose, its own status says, unless it has just ended. */
+        const bool is_there = mig_target_status((pid_t)tracer, (pid_t)tracer, "Tgid", 10, &process) == 0;
+        if ((is_there && process != (uint64_t)getpid()) || mig_now_ns() > job->deadline_ns) {
+            job->injected.tracer_pid = (int)(is_there ? process : tracer);
             return MIG_INJECT_TRACED;
         }
         nanosleep(&pause, NULL);
@@ -234,6 +236,22 @@ static int outcome_of(const struct job *job, int rc)
     }
 }
 
+/* The same; threads of ours take turns, of which the kernel says no more than that tracing is not permitted. */
+static int hold_in_turn(struct job *job, struct mig_tracee *tracee)
+{
+    int rc = 0;
+
+    for (int i = 0; i < TRIES; i++) {
+        rc = find_tracer(job);
+        if (rc == 0)
+            rc = hold_any(job, tracee);
+        if (rc != -EPERM && rc != MIG_INJECT_FILTERED)
+            break;
+        nanosleep(&(struct timespec){.tv_nsec = POLL_NS}, NULL);
+    }
+    return rc;
+}
+
 static int run(struct job *job)
 {
     struct mig_tracee tracee = {.pid = job->pid};
@@ -248,7 +266,7 @@ static int run(struct job *job)
     if (rc == 0 && job->fd >= 0 && !is_same_file(job))
         return MIG_INJECT_DONE;
     if (rc == 0)
-        rc = hold_any(job, &tracee);
+        rc = hold_in_turn(job, &tracee);
     if (rc == 0) {
         rc = job->fd < 0 ? open_in(job, &tracee) : close_in(job, &tracee);
         const int released = mig_tracee_release(&tracee);

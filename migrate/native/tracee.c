@@ -17,6 +17,9 @@
 #define PTRACE_O_SUSPEND_SECCOMP (1 << 21)
 #endif
 
+/* linux/errno.h keeps it from user space. */
+#define ERESTARTNOHAND 514ll
+
 enum { SYSCALL_BYTES = 2, SYSCALL_OPCODE = 0x050f, SPIN_NS = 200000, POLL_NS = 50000 };
 #define NO_DEADLINE UINT64_MAX
 
@@ -76,19 +79,10 @@ static bool is_syscall_at(const struct mig_tracee *tracee, uint64_t hva)
     return errno == 0 && (word & 0xffff) == SYSCALL_OPCODE;
 }
 
-static bool has_deliverable_signal(const struct mig_tracee *tracee)
-{
-    uint64_t of_thread, of_process;
-
-    if (mig_target_status(tracee->pid, tracee->tid, "SigPnd", 16, &of_thread) < 0 ||
-        mig_target_status(tracee->pid, tracee->tid, "ShdPnd", 16, &of_process) < 0)
-        return true;
-    return (of_thread | of_process) & ~tracee->signal_mask;
-}
-
 /*
  * A few calls answer EINTR where others are restarted by the kernel (signal(7), "Interruption of system calls [...] by
- * stop signals"). No signal, no EINTR: have it made anew. One with a timeout then waits for all of it once more.
+ * stop signals"). Have it answer what those answer: EINTR if a handler runs, else it is made anew. One with a timeout
+ * then waits for all of it once more.
  */
 static void undo_interruption(struct mig_tracee *tracee)
 {
@@ -111,11 +105,8 @@ static void undo_interruption(struct mig_tracee *tracee)
     default:
         return;
     }
-    if (!is_syscall_at(tracee, found->rip - SYSCALL_BYTES) || has_deliverable_signal(tracee))
-        return;
-    found->rax = found->orig_rax;
-    found->orig_rax = UINT64_MAX;
-    found->rip -= SYSCALL_BYTES;
+    if (is_syscall_at(tracee, found->rip - SYSCALL_BYTES))
+        found->rax = (uint64_t)-ERESTARTNOHAND;
 }
 
 static int look_around(struct mig_tracee *tracee)

@@ -1,9 +1,11 @@
 """What harness/blocked.py starts: waits in one system call, and says what became of it. Imports nothing of ours."""
 
 import ctypes
+import fcntl
 import hashlib
 import json
 import os
+import queue
 import select
 import signal
 import sys
@@ -104,8 +106,8 @@ def spawn(with_thread):
     return {"status": os.waitpid(child, 0)[1]}
 
 
-def filtered(action):
-    """A seccomp filter that does this to userfaultfd(2)."""
+def filtered(action, *, listens=False):
+    """A seccomp filter that does this to userfaultfd(2); the descriptor to listen at, if it has one."""
     program = [(0x20, 0, 0, 0), (0x15, 0, 1, 323), (0x06, 0, 0, action), (0x06, 0, 0, 0x7FFF0000)]
     code = b"".join(
         c.to_bytes(2, "little") + bytes([yes, no]) + value.to_bytes(4, "little") for c, yes, no, value in program
@@ -116,8 +118,31 @@ def filtered(action):
         _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_void_p))
 
     libc.prctl(38, 1, 0, 0, 0)
-    if libc.prctl(22, 2, ctypes.byref(Program(len(program), ctypes.addressof(buffer))), 0, 0):
-        raise OSError(ctypes.get_errno(), "PR_SET_SECCOMP")
+    loaded = Program(len(program), ctypes.addressof(buffer))
+    fd = libc.syscall(317, 1, 8 if listens else 0, ctypes.byref(loaded))
+    if fd < 0:
+        raise OSError(ctypes.get_errno(), "SECCOMP_SET_MODE_FILTER")
+    return fd
+
+
+def held_up():
+    """A filter that leaves userfaultfd(2) to a thread of ours, which answers once it has found a FIFO opened."""
+
+    def answer():
+        request = bytearray(80)
+        fcntl.ioctl(found.get(), 0xC0502100, request)
+        with open(sys.argv[2]):  # noqa: PTH123  # waits for who writes to it
+            pass
+        fcntl.ioctl(
+            listener, 0xC0182101, bytes(request[:8]) + bytes(8) + (-38).to_bytes(4, "little", signed=True) + bytes(4)
+        )
+
+    os.mkfifo(sys.argv[2])
+    found = queue.Queue()
+    threading.Thread(target=answer, daemon=True).start()
+    listener = filtered(0x7FC00000, listens=True)
+    found.put(listener)
+    return read()
 
 
 def held():
@@ -168,6 +193,7 @@ WAITS = {
     "as-nobody": as_nobody,
     "killed-for-it": killed_for_it,
     "refused-it": refused_it,
+    "held-up": held_up,
 }
 STARTED = {"count-signals": count_signals, "compute": compute, "spawn": lambda: spawn(with_thread=False)}
 STARTED["spawn-threaded"] = lambda: spawn(with_thread=True)

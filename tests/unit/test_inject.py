@@ -3,9 +3,10 @@
 import contextlib
 import errno
 import os
+import select
 import signal
 import threading
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -13,6 +14,7 @@ from migrate.native import inject, uffd
 from tests.harness import blocked
 from tests.harness.blocked import Blocked, descriptors_of, state_of
 from tests.harness.waiting import wait_until
+from tests.harness.writer import PAGE, Writer
 
 pytestmark = pytest.mark.uffd
 USERFAULTFD = "anon_inode:[userfaultfd]"
@@ -45,19 +47,22 @@ def inject_and_undo(pid, times=TIMES):
     assert USERFAULTFD not in descriptors_of(pid).values()
 
 
-def test_the_copy_works_from_outside(start):
-    process = start("read", blocked.READ)
-
-    remote = inject.open_uffd_in(process.pid)
-
-    uffd.shake_hands(remote.fd, with_missing=True)
-    with Path(f"/proc/{process.pid}/maps").open() as maps:
-        line = next(line for line in maps if "[heap]" in line)
-    start_hva, end_hva = (int(word, 16) for word in line.split()[0].split("-"))
-    uffd.register_missing(remote.fd, start_hva, end_hva - start_hva)
-    uffd.unregister(remote.fd, start_hva, end_hva - start_hva)
-    os.close(remote.fd)
-    assert descriptors_of(process.pid)[remote.target_fd] == USERFAULTFD, "the process keeps its copy"
+def test_the_copy_works_from_outside():
+    writer = Writer(pages=16)
+    remote = inject.open_uffd_in(writer.pid)
+    reader = threading.Thread(target=writer.do, kwargs={"do": "read", "pages": [3]})
+    try:
+        uffd.shake_hands(remote.fd, with_missing=True)
+        uffd.register_missing(remote.fd, writer.hva, 16 * PAGE)
+        reader.start()
+        assert select.select([remote.fd], [], [], 20)[0], "its fault is reported to us"
+        uffd.unregister(remote.fd, writer.hva, 16 * PAGE)
+        reader.join(20)
+        assert descriptors_of(writer.pid)[remote.target_fd] == USERFAULTFD, "the process keeps its copy"
+    finally:
+        os.close(remote.fd)
+        writer.close()
+    assert not reader.is_alive()
 
 
 FINISHED_BY_INPUT = [
@@ -117,6 +122,7 @@ def test_a_signal_afterwards_still_interrupts(start, call, number):
     process = start(call, number)
 
     inject_and_undo(process.pid)
+    wait_until(lambda: state_of(process.pid) == "S", 20, "the call to be taken up again")
     os.kill(process.pid, signal.SIGUSR1)
 
     assert process.answer()["errno"] == errno.EINTR
@@ -233,3 +239,21 @@ def _let_spawn(process, tmp_path):
     with contextlib.suppress(BrokenPipeError), (tmp_path / "fifo").open("w"):
         pass
     assert process.answer() == {"status": 0}
+
+
+def inject_blindly(pid):
+    """Others do the same meanwhile."""
+    remote = inject.open_uffd_in(pid)
+    inject.close_uffd_in(pid, remote.fd, remote.target_fd)
+    os.close(remote.fd)
+
+
+def test_injections_from_many_threads_take_turns(start):
+    process = start("poll", blocked.POLL)
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(inject_blindly, process.pid) for _ in range(20)]:
+            done.result(20)
+    process.finish()
+
+    assert process.answer()["result"] == 1
+    assert USERFAULTFD not in descriptors_of(process.pid).values()

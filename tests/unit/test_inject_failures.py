@@ -176,14 +176,15 @@ if uid:
 try:
     print(json.dumps({"fd": inject.open_uffd_in(pid, despite_seccomp=despite, timeout_us=500_000).target_fd}))
 except MigrateError as error:
-    print(json.dumps({"error": type(error).__name__, "remedy": error.remedy}))
+    print(json.dumps({"error": type(error).__name__, "remedy": error.remedy, "text": error.message}), flush=True)
+sys.stdin.read()
 """
 
 
 def attempt(pid, uid=0, before=(), despite=False):
     """What becomes of an injection by another process of ours."""
     command = [*before, sys.executable, "-c", ATTEMPT, str(pid), str(uid), "despite" if despite else "-"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    result = subprocess.run(command, input="", capture_output=True, text=True, timeout=30, check=True)
     return json.loads(result.stdout)
 
 
@@ -272,3 +273,21 @@ def test_a_filter_that_kills_ends_the_one_who_insists(start):
 
     assert answer["error"] == GuestGoneError.__name__
     assert process.process.wait(20) == -signal.SIGSYS
+
+
+@pytest.mark.root
+@needs_setpriv
+def test_a_call_that_does_not_return_is_given_up_and_undone_when_it_does(start, tmp_path):
+    fifo = tmp_path / "fifo"
+    process = start("held-up", blocked.READ, extra=[str(fifo)])
+    command = [*WITHOUT_ADMIN, sys.executable, "-c", ATTEMPT, str(process.pid), "0", "despite"]
+
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as attempting:
+        answer = json.loads(attempting.stdout.readline())
+        assert tracer_of(process.pid) != 0, "it is held until its call returns"
+        fifo.write_text("")
+        wait_until(lambda: tracer_of(process.pid) == 0, 20, "it to be let go of")
+
+    assert answer["error"] == GuestBusyError.__name__
+    assert "has not ended" in answer["text"]
+    assert_untouched(process)
