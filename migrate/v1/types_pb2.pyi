@@ -380,10 +380,13 @@ class QemuSpec(_message.Message):
 
     OPTIONS_FIELD_NUMBER: _builtins.int
     QMP_SOCKET_FIELD_NUMBER: _builtins.int
+    RAM_ID_FIELD_NUMBER: _builtins.int
     qmp_socket: _builtins.str
     """Where the monitor of a QEMU listens that runs already on the daemon's host and is taken over: then its options, RAM
     and vCPUs are taken from it. Never leaves that host.
     """
+    ram_id: _builtins.str
+    """The id of QEMU's object for RAM, by which its stream tells what it is about; empty is migrate-ram."""
     @_builtins.property
     def options(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Options of QEMU's command line, a word each, without RAM, vCPUs and monitors of ours. {dir} in a word stands for a
@@ -395,10 +398,11 @@ class QemuSpec(_message.Message):
         *,
         options: _abc.Iterable[_builtins.str] | None = ...,
         qmp_socket: _builtins.str = ...,
+        ram_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["options", b"options", "qmp_socket", b"qmp_socket"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["options", b"options", "qmp_socket", b"qmp_socket", "ram_id", b"ram_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

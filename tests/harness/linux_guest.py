@@ -19,6 +19,7 @@ QEMU = "qemu-system-x86_64"
 # Pinned: both sides must have the same one, whatever their versions of QEMU.
 MACHINE = "pc-i440fx-7.2"
 CPU_MODEL = "qemu64"
+MEMORY_MIB, VCPUS = 512, 2
 BOOT_DEADLINE_S = 50
 REPLY_DEADLINE_S = 10
 
@@ -214,10 +215,11 @@ def build_linux_image():
     return LinuxImage(directory / "vmlinuz", directory / "initramfs.cpio.gz"), None
 
 
-def linux_guest_options(image, *, memory_mib=512, vcpus=2, data_mib=256, versions_mib=16, writes_per_s=4000):
-    """QEMU's options for the guest itself: no RAM backend, no machine and no ports."""
+def linux_guest_options(image, *, data_mib=256, versions_mib=16, writes_per_s=4000):
+    """QEMU's options for the guest itself: no RAM, no vCPUs and no ports."""
     parameters = f"migrate.data_mib={data_mib} migrate.versions_mib={versions_mib} migrate.writes_per_s={writes_per_s}"
-    options = ["-accel", "tcg,thread=multi", "-cpu", CPU_MODEL, "-smp", str(vcpus), "-m", f"{memory_mib}M"]
+    options = ["-nodefaults", "-no-user-config", "-display", "none", "-machine", MACHINE]
+    options += ["-accel", "tcg,thread=multi", "-cpu", CPU_MODEL]
     options += ["-kernel", str(image.kernel), "-initrd", str(image.initramfs)]
     return [*options, "-append", f"{_KERNEL_PARAMETERS} {parameters}"]
 
@@ -230,10 +232,10 @@ def port_options(directory):
 
 
 @contextlib.contextmanager
-def plain_qemu(image, directory, *options, **guest):
+def plain_qemu(image, directory, *options, memory_mib=MEMORY_MIB, vcpus=VCPUS, **guest):
     """A QEMU that runs the guest, with no migration in mind; a process that is ended whatever happens."""
-    command = [QEMU, "-nodefaults", "-no-user-config", "-display", "none", "-machine", MACHINE]
-    command += [*linux_guest_options(image, **guest), *port_options(directory), *options]
+    command = [QEMU, *linux_guest_options(image, **guest), *port_options(directory)]
+    command += ["-m", f"{memory_mib}M", "-smp", str(vcpus), *options]
     environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     with (Path(directory) / "qemu.log").open("wb") as log:
         qemu = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)

@@ -28,6 +28,7 @@ class Attached:
     qmp: Qmp
     pid: int
     ram_fd: int
+    ram_id: str
     memory_bytes: int
     vcpus: int
     machine_type: str
@@ -87,6 +88,7 @@ def _look(qmp: Qmp, pid: int) -> Attached:
             qmp=qmp,
             pid=pid,
             ram_fd=ram_fd,
+            ram_id=ram_id,
             memory_bytes=memory_bytes,
             vcpus=len(qmp.call("query-cpus-fast")),
             machine_type=machine_type_of(qmp),

@@ -1,6 +1,7 @@
 """QEMU's command line: what a creator may say in it, what we add, and what a destination makes of a source's."""
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ OPTIONS_MAX = 512
 OPTION_BYTES_MAX = 4096
 DEFAULT_PROGRAM = "qemu-system-x86_64"
 
+_ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,63}")
 # What the guest process says itself, or must have a say in.
 _OURS = {
     "m": "--memory says how much RAM there is",
@@ -90,6 +92,8 @@ def check_qemu_spec(spec: types.GuestSpec) -> None:
     """
     if not 1 <= spec.vcpus <= VCPUS_MAX:
         raise ConfigError(f"a guest of kind qemu has 1 to {VCPUS_MAX} vCPUs, not {spec.vcpus}")
+    if not _ID.fullmatch(spec.qemu.ram_id or RAM_ID):
+        raise ConfigError(f"{spec.qemu.ram_id[:80]!r} is no id of an object of QEMU")
     check_options(spec.qemu.options)
 
 
@@ -132,11 +136,12 @@ def command_line(
         directory: What stands for {dir}.
         machine_type: For a guest that arrives: the machine that it has at its source.
     """
-    ram = f"memory-backend-file,id={RAM_ID},size={spec.memory_bytes},mem-path=/proc/self/fd/{ram_fd},share=on"
+    ram_id = spec.qemu.ram_id or RAM_ID
+    ram = f"memory-backend-file,id={ram_id},size={spec.memory_bytes},mem-path=/proc/self/fd/{ram_fd},share=on"
     command = [program, "-name", spec.name]
     command += [word.replace(DIRECTORY_WORD, str(directory)) for word in spec.qemu.options]
     command += ["-m", f"{spec.memory_bytes}B", "-smp", str(spec.vcpus)]
-    command += ["-object", ram, "-machine", f"memory-backend={RAM_ID}"]
+    command += ["-object", ram, "-machine", f"memory-backend={ram_id}"]
     # Guest RAM belongs into no core dump, as for guests of other kinds.
     command += ["-machine", "dump-guest-core=off,suppress-vmdesc=on"]
     command += ["-chardev", f"socket,id={MONITOR_ID},fd={monitor_fd}", "-mon", f"chardev={MONITOR_ID},mode=control"]

@@ -154,6 +154,7 @@ class QemuGuest:
         self._qmp, self._pid, self.memfd, self._machine_type = found.qmp, found.pid, found.ram_fd, found.machine_type
         self._spec.memory_bytes, self._spec.vcpus = found.memory_bytes, found.vcpus
         self._spec.qemu.options[:] = found.options
+        self._spec.qemu.ram_id = found.ram_id
         self._is_running = found.is_running
         self._faults = faults = InjectedFaults(self._pid, is_ours=False)
         try:

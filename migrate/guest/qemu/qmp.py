@@ -14,7 +14,7 @@ from qemu.qmp import ConnectError, EventListener, ExecInterruptedError, ExecuteE
 from migrate.errors import GuestBusyError, GuestGoneError, QemuError
 
 COMMAND_S = 20.0
-_CONNECT_S = 10.0
+_CONNECT_S = 5.0
 _VCPU_EVENTS = ("STOP", "RESUME")
 _ENDS = {"completed", "failed", "cancelled"}
 
