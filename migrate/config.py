@@ -88,6 +88,7 @@ class DaemonConfig:
         advertise: HOST:PORT that peers are told instead of `listen`, where they reach it by another address.
         advertise_pages: Likewise of `page_listen`.
         tls_dir: The daemon's certificate, key, and whom it trusts (migrate/tls.py); None serves everybody in plaintext.
+        qemu_dirs: Where files of QEMU guests that arrive may lie.
         ready_fd: Written one JSON line {"listen": …, "page_listen": …} once the daemon serves, then closed.
     """
 
@@ -97,4 +98,5 @@ class DaemonConfig:
     advertise: str | None = None
     advertise_pages: str | None = None
     tls_dir: Path | None = None
+    qemu_dirs: tuple[Path, ...] = ()
     ready_fd: int | None = None

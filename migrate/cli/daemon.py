@@ -25,6 +25,13 @@ from migrate.config import DaemonConfig, Endpoint
     type=click.Path(file_okay=False, path_type=Path),
     help="Certificate, key, and whom to trust, as `migrate tls issue` makes it.",
 )
+@click.option(
+    "--qemu-dir",
+    "qemu_dirs",
+    multiple=True,
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Where files of QEMU guests that arrive may lie; may be repeated.  [default: nowhere]",
+)
 @click.option("--insecure", is_flag=True, help="Allow addresses that are not loopback, without TLS.")
 @click.option("--ready-fd", type=click.IntRange(0), hidden=True, help="Write the addresses here once they serve.")
 def daemon(
@@ -34,6 +41,7 @@ def daemon(
     advertise: str | None,
     advertise_pages: str | None,
     tls_dir: Path | None,
+    qemu_dirs: tuple[Path, ...],
     insecure: bool,
     ready_fd: int | None,
 ) -> None:
@@ -58,6 +66,7 @@ def daemon(
             advertise=advertise,
             advertise_pages=advertise_pages,
             tls_dir=tls_dir,
+            qemu_dirs=qemu_dirs,
             ready_fd=ready_fd,
         )
     )

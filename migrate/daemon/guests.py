@@ -11,6 +11,7 @@ from migrate.daemon.limits import GUESTS_MAX
 from migrate.errors import (
     LOST_REMEDY,
     AlreadyExistsError,
+    ConfigError,
     GuestBusyError,
     GuestGoneError,
     GuestHolder,
@@ -22,6 +23,7 @@ from migrate.errors import (
     RemoteProtocolError,
 )
 from migrate.guest.client import GuestClient
+from migrate.guest.qemu.command import check_arriving_options
 from migrate.guest.spawn import GuestProcess, adopt_guest, start_guest
 from migrate.guest.spec import check_spec
 from migrate.telemetry.host import available_bytes
@@ -55,10 +57,12 @@ class GuestRegistry:
 
     Args:
         socket_dir: Where the guests' sockets live.
+        qemu_dirs: Where files of QEMU guests that arrive may lie.
     """
 
-    def __init__(self, socket_dir: Path) -> None:
+    def __init__(self, socket_dir: Path, qemu_dirs: Sequence[Path] = ()) -> None:
         self._socket_dir = socket_dir
+        self._qemu_dirs = qemu_dirs
         self._guests: dict[str, HostedGuest] = {}
         self._reserved: set[str] = set()
         self._lock = threading.Lock()
@@ -103,9 +107,14 @@ class GuestRegistry:
         Raises:
             AlreadyExistsError: the name is taken.
             MissingFeatureError: this host lacks a vCPU feature.
+            PermissionDeniedError: its QEMU would use what is not for guests.
             UnsupportedHostError: this host cannot run its kind.
         """
         check_spec(description.spec)
+        if description.spec.kind == types.GUEST_KIND_QEMU:
+            if description.spec.qemu.qmp_socket:
+                raise ConfigError("a guest that arrives runs nowhere on this host")
+            check_arriving_options(description.spec.qemu.options, self._qemu_dirs)
         return self._start(description.spec, description, migration_id)
 
     def find(self, name: str) -> HostedGuest:

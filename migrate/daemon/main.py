@@ -74,7 +74,7 @@ class Daemon:
         self._state = StateDir(config.state_dir or Path(tempfile.mkdtemp(prefix="migrate-")))
         self.stopping = threading.Event()
         self._exports = Exports()
-        self._guests = GuestRegistry(self._state.socket_dir)
+        self._guests = GuestRegistry(self._state.socket_dir, config.qemu_dirs)
         self._migrations = MigrationRegistry(
             self._guests,
             self._exports,

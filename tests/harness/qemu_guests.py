@@ -19,6 +19,11 @@ MODES = {
 }
 
 
+def allowing(*directories):
+    """Options of a daemon that lets arriving guests use files there."""
+    return [word for directory in directories for word in ("--qemu-dir", str(directory))]
+
+
 def create_qemu(daemon, name, *options, memory_mib=32, vcpus=1):
     """`migrate guest create --kind qemu`."""
     spec = types.GuestSpec(

@@ -16,6 +16,7 @@ from tests.harness.daemons import DaemonProcess
 from tests.harness.linux_guest import MEMORY_MIB, QEMU, VCPUS, LinuxConsole, plain_qemu
 from tests.harness.processes import is_alive
 from tests.harness.qemu_guests import (
+    allowing,
     answers_qmp,
     attach_qemu,
     linux_options,
@@ -29,9 +30,10 @@ SMALL_MIB = 32
 
 
 @pytest.fixture(scope="module")
-def daemons(tmp_path_factory):
+def daemons(linux_image, tmp_path_factory):
     directory = tmp_path_factory.mktemp("daemons")
-    made = [DaemonProcess(state_dir=directory / name, log=directory / f"{name}.log") for name in "ab"]
+    options = allowing(linux_image.kernel.parent, tmp_path_factory.getbasetemp())
+    made = [DaemonProcess(options=options, state_dir=directory / name, log=directory / f"{name}.log") for name in "ab"]
     yield made
     for daemon in made:
         daemon.close()
@@ -117,6 +119,7 @@ def test_one_that_is_paused_stays_paused(daemons, tmp_path, ram_file):
 
 def test_file_whose_name_is_gone_is_found(daemons, tmp_path, ram_file):
     with empty_qemu(tmp_path, *shared_ram(ram_file)) as qemu:
+        wait_until(ram_file.exists, 20, "QEMU to make its RAM")
         ram_file.unlink()
 
         attach_qemu(daemons[0], "nameless", tmp_path / "qmp")

@@ -6,7 +6,7 @@ from migrate.v1 import guest_service_pb2 as guest
 from migrate.v1 import types_pb2 as types
 from tests.harness.daemons import DaemonProcess
 from tests.harness.linux_guest import GuestPort
-from tests.harness.qemu_guests import MODES, NAME, MovingLinux, userfaultfds, wait_gone
+from tests.harness.qemu_guests import MODES, NAME, MovingLinux, allowing, userfaultfds, wait_gone
 from tests.harness.waiting import wait_until
 
 pytestmark = [pytest.mark.qemu, pytest.mark.uffd, pytest.mark.timeout(150)]
@@ -18,8 +18,10 @@ SLOW_BYTES_PER_S = 60 << 20
 def linux(linux_image, tmp_path_factory):
     """One guest for all of them; a test finds it where the one before left it."""
     directory = tmp_path_factory.mktemp("linux")
-    source = DaemonProcess(state_dir=directory / "a", log=directory / "a.log")
-    destination = DaemonProcess(state_dir=directory / "b", log=directory / "b.log")
+    # What the guest is made of, and its console, are the same files for both.
+    allowed = allowing(linux_image.kernel.parent, directory)
+    source = DaemonProcess(options=allowed, state_dir=directory / "a", log=directory / "a.log")
+    destination = DaemonProcess(options=allowed, state_dir=directory / "b", log=directory / "b.log")
     try:
         yield MovingLinux(linux_image, source, destination, directory)
     finally:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from migrate.errors import ConfigError
+from migrate.errors import ConfigError, PermissionDeniedError
 from migrate.v1 import types_pb2 as types
 
 RAM_ID = "migrate-ram"
@@ -38,8 +38,16 @@ _FLAGS = {
     *("enable-kvm", "only-migratable", "full-screen", "portrait", "no-fd-bootchk", "win2k-hack", "usb", "S"),
     *("daemonize", "preconfig", "mem-prealloc", "singlestep", "enable-sync-profile", "version", "h", "help"),
 }
+# What reaches into this host by something else than a path.
+_ONLY_OF_OPERATORS = {
+    *("add-fd", "monitor", "mon", "qmp", "qmp-pretty", "gdb", "s", "readconfig", "writeconfig", "trace", "plugin"),
+    *("tpmdev", "fsdev", "virtfs", "D", "d", "sandbox", "seed", "enable-sync-profile", "run-with", "smb", "set"),
+}
+_OPTIONS_WITHOUT_PATHS = {"append"}
+_OWN = "\0"
+_BETWEEN_PATHS = re.compile(r"[,=:\"'{}\[\]\s]+")
 # What `guest attach` leaves out of the command line of the QEMU that it takes over: it belongs to that process alone.
-_OF_ONE_PROCESS = {*_OURS, "name"}
+_OF_ONE_PROCESS = {*_OURS, "name", "sandbox", "qmp", "qmp-pretty", "monitor", "mon", "gdb", "s", "D", "d", "trace"}
 
 Option = tuple[str, str | None]
 
@@ -95,6 +103,37 @@ def check_qemu_spec(spec: types.GuestSpec) -> None:
     if not _ID.fullmatch(spec.qemu.ram_id or RAM_ID):
         raise ConfigError(f"{spec.qemu.ram_id[:80]!r} is no id of an object of QEMU")
     check_options(spec.qemu.options)
+
+
+def check_arriving_options(words: Sequence[str], directories: Sequence[Path]) -> None:
+    """Whether a guest that comes from another host may have these options: what it names must be meant for guests.
+
+    Args:
+        words: The options.
+        directories: Where files of arriving guests may lie, as the operator of this host says.
+
+    Raises:
+        PermissionDeniedError: it may not; the message names the option.
+    """
+    allowed = [directory.resolve() for directory in directories]
+    for name, value in parse_options(words):
+        if name in _ONLY_OF_OPERATORS:
+            raise PermissionDeniedError(f"a guest that arrives may not bring -{name}")
+        for path in _paths_of(name, value):
+            if _OWN in path or not any(Path(path).resolve().is_relative_to(directory) for directory in allowed):
+                raise PermissionDeniedError(
+                    f"a guest that arrives may not use {path[:200]!r} on this host (-{name})",
+                    remedy="its operator allows that with `migrate daemon --qemu-dir`, or it lies in {dir}",
+                )
+
+
+def _paths_of(name: str, value: str | None) -> list[str]:
+    """What may be a path in an option, but for those in the guest's own directory."""
+    if name in _OPTIONS_WITHOUT_PATHS or value is None:
+        return []
+    # A name in the guest's own directory is none of a path, unless it leads out of it.
+    parts = _BETWEEN_PATHS.split(value.replace(f"{DIRECTORY_WORD}/", _OWN))
+    return [part for part in parts if "/" in part.removeprefix(_OWN) or (part.startswith(_OWN) and ".." in part)]
 
 
 def options_of_process(words: Sequence[str], ram_id: str) -> list[str]:

@@ -30,7 +30,7 @@ from migrate.errors import (
 )
 from migrate.guest.features import check_cpuid_supported
 from migrate.guest.qemu.attach import attach, machine_type_of
-from migrate.guest.qemu.command import command_line, program
+from migrate.guest.qemu.command import check_qemu_spec, command_line, program
 from migrate.guest.qemu.faults import Faults, InjectedFaults, Opened, listening, needs_preload
 from migrate.guest.qemu.features import cpuid_of
 from migrate.guest.qemu.process import Mapping, Watched, find_mapping
@@ -124,7 +124,7 @@ class QemuGuest:
             if needs_preload():
                 variables, await_faults = stack.enter_context(listening(self._directory, spec.memory_bytes))
             with theirs, self._log.open("wb") as log:
-                self._child = _spawn(command, variables, [self.memfd, theirs.fileno()], log)
+                self._child = _spawn(command, variables, [self.memfd, theirs.fileno()], log, self._directory)
             self._pid = self._child.pid
             try:
                 self._qmp = Qmp(ours)
@@ -155,6 +155,7 @@ class QemuGuest:
         self._spec.memory_bytes, self._spec.vcpus = found.memory_bytes, found.vcpus
         self._spec.qemu.options[:] = found.options
         self._spec.qemu.ram_id = found.ram_id
+        check_qemu_spec(self._spec)
         self._is_running = found.is_running
         self._faults = faults = InjectedFaults(self._pid, is_ours=False)
         try:
@@ -427,12 +428,12 @@ class _DirtyLog:
 
 
 def _spawn(
-    command: list[str], variables: dict[str, str], pass_fds: list[int], log: BinaryIO
+    command: list[str], variables: dict[str, str], pass_fds: list[int], log: BinaryIO, cwd: Path
 ) -> "subprocess.Popen[bytes]":
     environment = {name: value for name, value in {**os.environ, **variables}.items() if value}
     try:
         return subprocess.Popen(
-            command, pass_fds=pass_fds, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            command, pass_fds=pass_fds, env=environment, cwd=cwd, stdin=subprocess.DEVNULL, stdout=log, stderr=log
         )
     except OSError as error:
         raise UnsupportedHostError(f"QEMU cannot be started: {error.strerror}") from error
