@@ -13,6 +13,7 @@ from typing import Any, Never, Unpack
 import click
 
 from migrate.cli.client import AUDIT_DEADLINE_S, CallFailedError, Daemon, connect
+from migrate.cli.demo_linux import LinuxGuest
 from migrate.cli.local_daemon import GuestProcesses, LocalDaemon
 from migrate.cli.migration import EXIT_INTERRUPTED, finish, follow
 from migrate.cli.params import (
@@ -29,7 +30,7 @@ from migrate.cli.params import (
 from migrate.cli.progress import Reporter, progress_reporter
 from migrate.cli.render import EXIT_FAILED, migration_detail, migration_json, pages_present, print_json, stdout_console
 from migrate.errors import MigrateError
-from migrate.guest.probe import KVM, PROCESS, Check, HostCapabilities, probe_host
+from migrate.guest.probe import KVM, PROCESS, QEMU, Check, HostCapabilities, probe_host
 from migrate.units import format_bytes
 from migrate.v1 import guest_service_pb2, types_pb2
 
@@ -57,7 +58,10 @@ def demo(name: str, as_json: bool, **options: Unpack[_DemoOptions]) -> None:
     Starts both daemons, creates a guest under load, moves it, has it check every page at the destination, and removes
     everything again. Exits with 1 if a page was wrong, or is not accounted for.
     """
-    options["kind"], why = _choose_kind(options["kind"], probe_host())
+    host = probe_host()
+    options["kind"], why = _choose_kind(options["kind"], host)
+    if options["kind"] == QEMU and (obstacles := host.obstacles(QEMU)):
+        raise CallFailedError(f"no QEMU can move here: {obstacles[0].name}: {obstacles[0].detail}")
     click.echo(_headline(options, why), err=True)
     try:
         with _terminate_as_exit():
@@ -90,9 +94,10 @@ def _in_words(obstacle: Check) -> str:
 
 def _headline(options: GuestOptions, why: str) -> str:
     vcpus = f"{options['vcpus']} vCPU{'s' if options['vcpus'] > 1 else ''}"
+    work = "Linux under TCG" if options["kind"] == QEMU else options["workload"]
     return (
         f"migrate demo: two daemons on this machine, and one guest that moves between them: {options['kind']}, "
-        f"{format_bytes(options['memory'])}, {vcpus}, {options['workload']}" + (f"; {why}" if why else "")
+        f"{format_bytes(options['memory'])}, {vcpus}, {work}" + (f"; {why}" if why else "")
     )
 
 
@@ -102,7 +107,9 @@ def _run(name: str, options: _DemoOptions) -> types_pb2.Migration:
         base_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="migrate-demo-")))
         processes = GuestProcesses()
         stack.callback(processes.end_all)
-        daemons = [LocalDaemon("source", base_dir), LocalDaemon("destination", base_dir)]
+        linux = LinuxGuest(base_dir) if options["kind"] == QEMU else None
+        daemon_options = linux.daemon_options if linux is not None else []
+        daemons = [LocalDaemon(side, base_dir, daemon_options) for side in ("source", "destination")]
         stack.callback(_stop_all, daemons, processes)
         for daemon in daemons:
             daemon.start()
@@ -110,7 +117,7 @@ def _run(name: str, options: _DemoOptions) -> types_pb2.Migration:
         destination = stack.enter_context(connect(DaemonAt(daemons[1].address)))
         try:
             with progress_reporter() as reporter:
-                return _migrate(source, destination, guest_spec(name, options), options, reporter, processes)
+                return _migrate(source, destination, guest_spec(name, options), options, reporter, processes, linux)
         except MigrateError:
             for daemon in daemons:
                 _echo_log(daemon)
@@ -125,15 +132,24 @@ def _migrate(
     options: _DemoOptions,
     reporter: Reporter,
     processes: GuestProcesses,
+    linux: LinuxGuest | None,
 ) -> types_pb2.Migration:
+    if linux is not None:
+        linux.complete(spec)
     created = source.call(source.guests.CreateGuest, guest_service_pb2.CreateGuestRequest(spec=spec)).guest
     processes.add(created.pid)
-    _await_running(source, spec.name, reporter)
+    if linux is not None:
+        linux.await_ready(reporter)
+    else:
+        _await_running(source, spec.name, reporter)
     request = start_request(spec.name, destination.address, options)
     migration_id = source.call(source.migrations.StartMigration, request).migration_id
     # No other daemon takes the place of one of ours that dies.
     migration = follow(source, migration_id, reporter, away_s=0)
     if migration.state != types_pb2.MIGRATION_STATE_COMPLETED:
+        return migration
+    if linux is not None:
+        migration.guest_errors = len(linux.check(reporter))
         return migration
     reporter.report("auditing", 0, 0, "the guest compares every page")
     statistics = _audit(destination, spec.name, migration.guest_touches_at_switchover)

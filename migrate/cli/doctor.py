@@ -93,8 +93,10 @@ def _print_report(host: HostCapabilities) -> None:
         if check.remedy:
             table.add_row("", "", f"[dim]→[/dim] {check.remedy}")
     console.print(table)
-    kinds = " and ".join(host.guest_kinds)
-    console.print(f"\nGuests of kind {kinds} can move here." if kinds else "\nNo kind of guest can move here.")
+    *others, last = host.guest_kinds or ("none",)
+    kinds = f"{', '.join(others)} and {last}" if others else last
+    verdict = f"Guests of kind {kinds} can move here." if host.guest_kinds else "No kind of guest can move here."
+    console.print(f"\n{verdict}")
 
 
 def _verdict(check: Check) -> str:

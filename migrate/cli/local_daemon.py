@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from migrate.cli.client import CallFailedError
@@ -22,10 +23,12 @@ class LocalDaemon:
     Args:
         name: What messages call it.
         base_dir: Directory for its state and its log; the caller removes it after stop().
+        options: Further ones of the command.
     """
 
-    def __init__(self, name: str, base_dir: Path) -> None:
+    def __init__(self, name: str, base_dir: Path, options: Sequence[str] = ()) -> None:
         self.name = name
+        self._options = options
         self.address = ""
         self._log_path = base_dir / f"{name}.log"
         self._base_dir = base_dir
@@ -87,7 +90,7 @@ class LocalDaemon:
         return [
             *(sys.executable, "-m", "migrate", "daemon"),
             *("--listen", "127.0.0.1:0", "--page-listen", "127.0.0.1:0"),
-            *("--ready-fd", str(ready_fd)),
+            *("--ready-fd", str(ready_fd), *self._options),
         ]
 
     def _await_ready(self, ready_fd: int) -> str:

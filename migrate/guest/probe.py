@@ -17,7 +17,8 @@ from migrate.units import format_bytes
 
 KVM = "kvm"
 PROCESS = "process"
-ALL_KINDS = (KVM, PROCESS)
+QEMU = "qemu"
+ALL_KINDS = (KVM, PROCESS, QEMU)
 
 _KVM_API_VERSION = 12
 _KVM_GET_API_VERSION = 0xAE00
@@ -89,7 +90,7 @@ def probe_host() -> HostCapabilities:
             _check_native(),
             *_check_kvm(),
             _check_uffd_device(),
-            _check_uffd("uffd-kernel-faults", user_mode_only=False, required_for=(KVM,)),
+            _check_uffd("uffd-kernel-faults", user_mode_only=False, required_for=(KVM, QEMU)),
             _check_uffd("uffd-user-faults", user_mode_only=True, required_for=(PROCESS,)),
             _check_memfd(),
             _check_memory(),
@@ -97,6 +98,7 @@ def probe_host() -> HostCapabilities:
             _check_congestion_control(),
             _check_user(),
             _check_core_pattern(),
+            *_qemu_checks(),
         )
     )
 
@@ -312,6 +314,12 @@ def _check_core_pattern() -> Check:
         detail=f"core dumps go to the program {pattern[1:].split()[0]}" if piped and pattern[1:] else pattern,
         remedy="guests leave none; of a daemon it would get one whatever its limit is" if piped else "",
     )
+
+
+def _qemu_checks() -> tuple[Check, ...]:
+    from migrate.guest.qemu.probe import check_qemu  # noqa: PLC0415  # it is made of our checks
+
+    return check_qemu()
 
 
 def _meminfo_bytes(field: str) -> int:

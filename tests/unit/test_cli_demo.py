@@ -38,7 +38,7 @@ class Pair:
         self.stopped = []
         self.directories = []
 
-    def local_daemon(self, name, base_dir):
+    def local_daemon(self, name, base_dir, _options=()):
         fake = getattr(self, name)
         pair = self
 
@@ -272,3 +272,27 @@ def test_guest_processes_that_are_gone_are_left_alone():
     processes.add(guest.pid)
 
     assert not Path(f"/proc/{guest.pid}").exists()
+
+
+# ---- a guest of kind qemu ----
+
+
+def test_demo_of_a_linux_guest_that_is_not_built_says_so(monkeypatch, tmp_path):
+    monkeypatch.setenv("MIGRATE_LINUX_GUEST", str(tmp_path))
+    monkeypatch.setattr(demo_command, "probe_host", lambda: HostCapabilities(checks=()))
+
+    result = run("demo", "--kind", "qemu")
+
+    assert result.exit_code == 1
+    assert f"there is no Linux guest in {tmp_path}" in result.stderr
+    assert "scripts/build_linux_guest" in result.stderr
+
+
+def test_demo_of_a_linux_guest_without_qemu_says_so(monkeypatch):
+    lacking = Check("qemu", ok=False, detail="there is no qemu", remedy="install it", required_for=("qemu",))
+    monkeypatch.setattr(demo_command, "probe_host", lambda: HostCapabilities(checks=(lacking,)))
+
+    result = run("demo", "--kind", "qemu")
+
+    assert result.exit_code == 1
+    assert "no QEMU can move here: qemu: there is no qemu" in result.stderr

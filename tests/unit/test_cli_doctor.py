@@ -11,12 +11,15 @@ from migrate.cli import doctor as doctor_command
 from migrate.errors import UffdUnavailableError
 from migrate.guest import probe
 from migrate.guest.probe import Check, HostCapabilities, probe_host
+from migrate.guest.qemu import probe as qemu_probe
+from migrate.guest.qemu.probe import check_qemu
 from migrate.native import uffd
 from tests.harness.cli import json_of, run
 from tests.harness.tls_dirs import Certificates, valid_between
 
 KVM_MISSING = Check("kvm-device", ok=False, detail="absent", remedy="load kvm", required_for=("kvm",))
-NOTHING_WORKS = Check("memfd", ok=False, detail="refused", remedy="allow it", required_for=("kvm", "process"))
+NOTHING_WORKS = Check("memfd", ok=False, detail="refused", remedy="allow it", required_for=("kvm", "process", "qemu"))
+QEMU_MISSING = Check("qemu", ok=False, detail="absent", remedy="install it", required_for=("qemu",))
 JUST_A_NOTE = Check("memory", ok=False, detail="little", remedy="buy some")
 
 
@@ -25,7 +28,7 @@ def pretend(monkeypatch, *checks):
 
 
 def test_doctor_of_a_host_without_kvm_is_content_with_processes(monkeypatch):
-    pretend(monkeypatch, KVM_MISSING, JUST_A_NOTE)
+    pretend(monkeypatch, KVM_MISSING, QEMU_MISSING, JUST_A_NOTE)
 
     result = run("doctor")
 
@@ -50,7 +53,7 @@ def test_doctor_json(monkeypatch):
 
     assert json_of(run("doctor", "--json")) == {
         "ok": True,
-        "guest_kinds": ["process"],
+        "guest_kinds": ["process", "qemu"],
         "checks": [
             {
                 "name": "kvm-device",
@@ -253,3 +256,45 @@ def test_tls_dir(tmp_path):
     (good / "key.pem").chmod(0o644)
     assert not checks_of(good)["tls-dir"]["ok"]
     assert run("doctor", "--tls-dir", str(good)).exit_code == 1
+
+
+def test_doctor_names_all_kinds(monkeypatch):
+    pretend(monkeypatch, JUST_A_NOTE)
+
+    assert run("doctor").stdout.splitlines()[-1] == "Guests of kind kvm, process and qemu can move here."
+
+
+@pytest.mark.parametrize(
+    ("program", "ok", "words"),
+    [
+        ("#!/bin/sh\necho QEMU emulator version 8.2.1", True, "version 8.2.1"),
+        ("#!/bin/sh\necho QEMU emulator version 4.2.0", False, "use QEMU 5.0 or newer"),
+        ("#!/bin/sh\necho hello", False, "use QEMU 5.0 or newer"),
+        ("#!/bin/sh\nexit 1", False, "does not run"),
+        (None, False, "Debian: qemu-system-x86"),
+    ],
+)
+def test_qemu_is_there_and_new_enough(monkeypatch, tmp_path, program, ok, words):
+    path = tmp_path / "qemu"
+    if program is not None:
+        path.write_text(program)
+        path.chmod(0o755)
+    monkeypatch.setenv("MIGRATE_QEMU", str(path))
+
+    (check,) = (each for each in check_qemu() if each.name == "qemu")
+
+    assert check.ok == ok
+    assert words in check.detail + check.remedy
+    assert check.required_for == ("qemu",)
+
+
+def test_qemu_needs_ptrace_or_the_preload_library(monkeypatch):
+    def lacks(name):
+        return lambda: Check(name, ok=False, detail="absent", remedy="have it")
+
+    monkeypatch.setattr(qemu_probe, "check_trace", lacks("ptrace"))
+    assert all(check.required_for != ("qemu",) for check in check_qemu() if check.name == "ptrace")
+
+    monkeypatch.setattr(qemu_probe, "check_preload", lacks("preload-library"))
+    required = {check.name for check in check_qemu() if "qemu" in check.required_for and not check.ok}
+    assert required == {"ptrace", "preload-library"}
