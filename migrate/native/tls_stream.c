@@ -287,8 +287,9 @@ static ssize_t receive_some(struct mig_tls_stream *stream, void *place, size_t p
             return (ssize_t)got;
         }
         const int ssl_error = SSL_get_error(stream->ssl, 0);
+        /* Reading goes on when that has left, which poll would not tell us from what there is to read. */
         if (ssl_error == SSL_ERROR_WANT_WRITE)
-            return -EAGAIN; /* a new key of ours has to leave first */
+            return fail(stream, -EPROTO, "the peer asks for one new key after another, and takes none of them");
         if (ssl_error != SSL_ERROR_WANT_READ)
             return fail_of_openssl(stream, ssl_error);
         if (stream->is_starved) {

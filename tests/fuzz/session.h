@@ -16,7 +16,8 @@ struct session {
     struct tls_end *tls; /* of the peer, whose bytes it seals; NULL: plain text */
     bool is_reading;     /* the peer takes what it is sent */
     bool is_over;
-    bool is_late; /* server: the deadlines of all calls have passed */
+    unsigned looks; /* in a row, at what poll does not see, without a byte */
+    bool is_late;   /* server: the deadlines of all calls have passed */
     /* Advances what is tested until it waits for the peer; false once the connection is over. */
     bool (*step)(struct session *session);
     /* client */

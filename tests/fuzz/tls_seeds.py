@@ -142,6 +142,7 @@ def honest_seeds(ask):
         "updates": (KEY_UPDATE_REQUESTED + ask) * 4 + KEY_UPDATE + ask,
         "badupdate": POST_HANDSHAKE + counted(message(24, b"\x07")) + ask,
         "unreadupdates": b"\x0b" + (KEY_UPDATE_REQUESTED * 8 + ask) * 6 + b"\x0b" + ask,
+        "onlyupdates": b"\x0b" + KEY_UPDATE_REQUESTED * 100 + b"\x0b" + ask,
         "manyupdates": HOLD + number(16383) + KEY_UPDATE_REQUESTED * 40 + RECORD_LENGTH + b"\x40" + ask,
         "deaf": DEAF + ask * 2,
         "deaflater": ask + DEAF + ask * 2,

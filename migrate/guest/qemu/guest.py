@@ -29,7 +29,6 @@ from migrate.errors import (
     UnsupportedHostError,
 )
 from migrate.guest.features import check_cpuid_supported
-from migrate.guest.protocol import PACKET_MAX_BYTES
 from migrate.guest.qemu.attach import attach, machine_type_of
 from migrate.guest.qemu.command import check_qemu_spec, command_line, program
 from migrate.guest.qemu.faults import Faults, InjectedFaults, Opened, listening, needs_preload
@@ -38,13 +37,11 @@ from migrate.guest.qemu.process import Mapping, Watched, find_mapping
 from migrate.guest.qemu.qmp import Qmp
 from migrate.native import uffd
 from migrate.native.dirty_scan import DirtyScan
-from migrate.units import PAGE_SIZE_BYTES, format_bytes
+from migrate.units import PAGE_SIZE_BYTES
 from migrate.v1 import guest_protocol_pb2 as pb
 from migrate.v1 import types_pb2 as types
 
 STATE_VERSION = 1
-# It travels in one packet, and in one message, each with a little around it.
-STATE_MAX_BYTES = PACKET_MAX_BYTES - 4096
 _MFD_FLAGS = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
 _F_ADD_SEALS = 1033
 _F_SEAL_SHRINK_GROW = 0x2 | 0x4
@@ -264,7 +261,7 @@ class QemuGuest:
             if self._saved_state is None:  # QEMU saves once for each time that it stops
                 stream = self._stream_through("migrate", b"")
                 state = pb.MachineState(version=STATE_VERSION, kind=self._spec.kind, qemu_stream=stream)
-                self._saved_state = _checked_size(state.SerializeToString())
+                self._saved_state = state.SerializeToString()
             return self._saved_state, 0
 
     def load_state(self, serialized: bytes) -> None:
@@ -428,16 +425,6 @@ class _DirtyLog:
     def close(self) -> None:
         """Note nothing any more; nothing of ours is left in the process."""
         self._stack.close()
-
-
-def _checked_size(state: bytes) -> bytes:
-    if len(state) > STATE_MAX_BYTES:
-        raise QemuError(
-            f"the state of QEMU's devices has {format_bytes(len(state))}, more than the {format_bytes(STATE_MAX_BYTES)}"
-            " that fit into one message",
-            remedy="give it less video memory: -vga none, or virtio-gpu",
-        )
-    return state
 
 
 def _spawn(
