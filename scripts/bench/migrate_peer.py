@@ -9,20 +9,23 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from bench_common import BenchError, Host, Link, process, run, wait_until, warm_memory
 
 from migrate.authority import Authority
 from migrate.tls import Role
 
-_NAME = "bench"
-_START_S, _POPULATE_S, _MIGRATE_S = 20, 120, 120
+NAME = "bench"
+POPULATE_S = 120
+_START_S, _MIGRATE_S = 20, 120
 # The command, loaded, but for one line on stdin.
 _WAITING_CLI = "import sys; from migrate.cli.main import run; print(flush=True); sys.stdin.readline(); run()"
 # The guest populates a little more while it runs, its page tables for one.
 _WARM_SLACK_BYTES = 64 << 20
 _STALLS = ("mean", "p50", "p90", "p99", "p999", "max")
+
+Report = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,64 @@ class GuestShape:
         options += ["--workload", self.workload, "--write-ratio", str(self.write_ratio)]
         options += ["--working-set", str(self.working_set_bytes)] if self.working_set_bytes else []
         return [*options, "--touch-rate", str(self.touch_rate_per_s)] if self.touch_rate_per_s else options
+
+    @contextlib.contextmanager
+    def running(self, source: "Daemon") -> Iterator["RunningGuest"]:
+        """Have it run as it shall run when it is moved."""
+        source.run("guest", "create", NAME, *self.options)
+        wait_until(
+            lambda: source.json("guest", "show", NAME)["state"] == "running", POPULATE_S, "our guest to populate"
+        )
+        wait_until(
+            lambda: source.json("guest", "stats", NAME)["touches"] >= self.touches_before,
+            POPULATE_S,
+            "our guest to run",
+        )
+        yield _RunningGuest(source.json("guest", "show", NAME)["resident_bytes"])
+
+
+class RunningGuest(Protocol):
+    """A guest at its source, about to be moved."""
+
+    @property
+    def populated_bytes(self) -> int:
+        """How much memory it occupies."""
+
+    def figures(self, report: Report, destination: "Daemon") -> dict[str, float]:
+        """Its stalls since the switchover; it is at its destination now.
+
+        Raises:
+            BenchError: its memory is wrong.
+        """
+
+
+class AnyGuest(Protocol):
+    """A guest that can be moved as often as one likes, each time from its boot."""
+
+    @property
+    def memory_bytes(self) -> int:
+        """Its RAM."""
+
+    def running(self, source: "Daemon") -> contextlib.AbstractContextManager[RunningGuest]:
+        """Have it run as it shall run when it is moved."""
+
+
+@dataclass(frozen=True, slots=True)
+class _RunningGuest:
+    populated_bytes: int
+
+    def figures(self, report: Report, destination: "Daemon") -> dict[str, float]:
+        """What it counted itself, by way of our report."""
+        statistics = destination.json("guest", "stats", NAME, "--audit", deadline_s=_MIGRATE_S)
+        if report["guest_errors"] or statistics["errors"] or statistics["touches"] <= report["guest_touches"]:
+            raise BenchError(f"our guest, {report['guest_errors']} errors, at the destination: {statistics}")
+        return stall_figures(report["guest_stall_us"]) | {"guest_errors": report["guest_errors"]}
+
+
+def stall_figures(stalls: dict[str, Any]) -> dict[str, float]:
+    """The figures of a distribution of stalls, as in our reports."""
+    figures = {f"stall_{name}_us": float(stalls[name]) for name in _STALLS}
+    return {**figures, "stalls": stalls["count"], "stalled_us": round(stalls["mean"] * stalls["count"], 1)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +153,10 @@ class Daemon:
                 return int(line.split()[1])
         raise BenchError(f"/proc/{self.pid}/status has no {field}")
 
-    def run(self, *words: str, deadline_s: float = 30) -> str:
+    def run(self, *words: str, deadline_s: float = 30, qemu_options: Sequence[str] = ()) -> str:
         """Run a command of ours against this daemon."""
         command = [*self._host.inside, sys.executable, "-m", "migrate", *words, *self._how]
+        command += ["--", *qemu_options] if qemu_options else []
         return run(command, deadline_s)
 
     @contextlib.contextmanager
@@ -132,7 +194,7 @@ class Daemon:
 
 
 def migrate_with_ours(
-    guest: GuestShape,
+    guest: AnyGuest,
     options: Sequence[str],
     link: Link,
     directory: Path,
@@ -140,62 +202,49 @@ def migrate_with_ours(
     mode: str = "postcopy",
     tls: Tls | None = None,
 ) -> dict[str, float]:
-    """Move a guest once; the figures of qemu_peer.migrate_with_qemu, from our report, and what it cost the daemons.
+    """Move a guest once; the figures of qemu_peer.migrate_with_qemu, and what it cost the daemons.
 
     Raises:
         BenchError: it failed, or the guest's memory was wrong afterwards.
     """
     with contextlib.ExitStack() as stack:
         source = stack.enter_context(_daemon(link.source, directory / "source.log", tls))
-        populated_bytes = _start_guest(source, guest)
+        running = stack.enter_context(guest.running(source))
         destination = stack.enter_context(_daemon(link.destination, directory / "destination.log", tls))
         daemons = {"source": source, "destination": destination}
         # It follows the migration, which costs some processor time; that is how people run it, so it counts.
-        words = ["start", _NAME, "--to", destination.address, "--mode", mode, *options]
+        words = ["start", NAME, "--to", destination.address, "--mode", mode, *options]
         start = stack.enter_context(source.ready_to_run(*words))
         before_s = {name: daemon.cpu_s() for name, daemon in daemons.items()}
-        warm_memory(min(guest.memory_bytes, populated_bytes + _WARM_SLACK_BYTES))
+        warm_memory(min(guest.memory_bytes, running.populated_bytes + _WARM_SLACK_BYTES))
         report = start(_MIGRATE_S)
+        if report["state"] != "completed":
+            raise BenchError(f"our migration: {report['state']}")
         cpu_s = {f"{name}_cpu_s": daemon.cpu_s() - before_s[name] for name, daemon in daemons.items()}
         memory_kib = {
             f"{name}_{field}_kib": daemon.memory_kib(field)
             for name, daemon in daemons.items()
             for field in ("VmHWM", "RssAnon")
         }
-        _check(report, destination)
-    figures = {**memory_kib, **cpu_s, "daemons_cpu_s": sum(cpu_s.values())}
-    return figures | _figures(report) | _page_figures(report, populated_bytes)
+        guest_figures = running.figures(report, destination)
+    figures = {**memory_kib, **cpu_s, "daemons_cpu_s": sum(cpu_s.values()), **guest_figures}
+    return figures | _figures(report) | _page_figures(report, running.populated_bytes)
 
 
-def _start_guest(source: Daemon, guest: GuestShape) -> int:
-    """Have a guest run as it shall run when it is moved; how much memory it occupies."""
-    source.run("guest", "create", _NAME, *guest.options)
-    wait_until(lambda: source.json("guest", "show", _NAME)["state"] == "running", _POPULATE_S, "our guest to populate")
-    wait_until(
-        lambda: source.json("guest", "stats", _NAME)["touches"] >= guest.touches_before, _POPULATE_S, "our guest to run"
-    )
-    resident_bytes: int = source.json("guest", "show", _NAME)["resident_bytes"]
-    return resident_bytes
-
-
-def _figures(report: dict[str, Any]) -> dict[str, float]:
-    stalls, latencies = report["guest_stall_us"], report["fault_latency_us"]
+def _figures(report: Report) -> dict[str, float]:
+    latencies = report["fault_latency_us"]
     return {
         **{f"fault_{name}_us": float(latencies[name]) for name in ("p50", "p99")},
-        **{f"stall_{name}_us": float(stalls[name]) for name in _STALLS},
-        "stalls": stalls["count"],
-        "stalled_us": round(stalls["mean"] * stalls["count"], 1),
         "downtime_us": report["downtime_us"],
         "precopy_us": report["precopy_us"],
         # postcopy_us begins where downtime_us ends, and ends with END, which says that every page is there.
         "total_us": report["downtime_us"] + report["postcopy_us"],
         # From the operator's request, setup and precopy included.
         "whole_us": report["total_us"],
-        "guest_errors": report["guest_errors"],
     }
 
 
-def _page_figures(report: dict[str, Any], populated_bytes: int) -> dict[str, float]:
+def _page_figures(report: Report, populated_bytes: int) -> dict[str, float]:
     pages, populated_pages = report["pages"], populated_bytes // report["page_size_bytes"]
     sent_pages = report["bytes_on_wire"] / report["page_size_bytes"]
     return {
@@ -205,14 +254,6 @@ def _page_figures(report: dict[str, Any], populated_bytes: int) -> dict[str, flo
         "sent_pages": sent_pages,
         "sent_to_populated": sent_pages / populated_pages,
     }
-
-
-def _check(report: dict[str, Any], destination: Daemon) -> None:
-    if report["state"] != "completed" or report["guest_errors"]:
-        raise BenchError(f"our migration: {report['state']}, {report['guest_errors']} errors of the guest")
-    statistics = destination.json("guest", "stats", _NAME, "--audit", deadline_s=_MIGRATE_S)
-    if statistics["errors"] or statistics["touches"] <= report["guest_touches"]:
-        raise BenchError(f"our guest at the destination: {statistics}")
 
 
 @contextlib.contextmanager

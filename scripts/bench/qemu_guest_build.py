@@ -15,6 +15,7 @@ from migrate.v1 import types_pb2 as types
 
 MEMORY_MAX_BYTES = 3 << 30  # above it, a PC has a hole for devices
 STALL_MIN_US = 15.0
+AUDIT_REQUESTED_OFFSET = 64  # in a mailbox
 
 # The workload's RAM begins above the firmware's holes and the guest's own code, on a 2 MiB boundary.
 _RAM_GPA = 4 << 20
@@ -53,6 +54,7 @@ class Mailbox:
     first_error: tuple[int, int, int]
     stall_max_ticks: int
     populated: bool
+    audits: int
     histogram: tuple[int, ...]
 
     @staticmethod
@@ -64,10 +66,10 @@ class Mailbox:
         """
         if len(data) != MAILBOX_BYTES:
             raise BenchError(f"a mailbox has {MAILBOX_BYTES} bytes, not {len(data)}")
-        touches, _, errors, *first_error, stall_max_ticks, populated = struct.unpack_from("<8Q", data)
+        touches, _, errors, *first_error, stall_max_ticks, populated, _, audits = struct.unpack_from("<10Q", data)
         page, expected, found = first_error
         histogram = struct.unpack_from(f"<{STALL_BUCKETS}I", data, MAILBOX_BYTES - 4 * STALL_BUCKETS)
-        return Mailbox(touches, errors, (page, expected, found), stall_max_ticks, bool(populated), histogram)
+        return Mailbox(touches, errors, (page, expected, found), stall_max_ticks, bool(populated), audits, histogram)
 
 
 def stalls_between(before: Mailbox, after: Mailbox, tsc_khz: int) -> types.Distribution:

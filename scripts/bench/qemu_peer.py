@@ -180,7 +180,7 @@ def _migrate(source: Qemu, destination: Qemu, uri: str) -> dict[str, float]:
     after = destination.mailbox()
     # The source is stopped since its STOP: its memory is that of the switchover.
     before = source.mailbox()
-    _check(before, after)
+    check_guest(before, after)
     stalls = stalls_between(before, after, tsc_khz())
     ram = source.monitor.command("query-migrate")["ram"]
     figures = {f"stall_{name}_us": getattr(stalls, name) for name in ("mean", "p50", "p90", "p99", "p999", "max")}
@@ -198,21 +198,31 @@ def _migrate(source: Qemu, destination: Qemu, uri: str) -> dict[str, float]:
     }
 
 
-def _check(before: Mailbox, after: Mailbox) -> None:
+def check_guest(before: Mailbox, after: Mailbox) -> None:
+    """Whether a guest runs on, and all that it touched was right.
+
+    Raises:
+        BenchError: it does not, or was not.
+    """
     if after.errors or not after.populated:
         raise BenchError(f"QEMU's guest found {after.errors} errors, the first: {after.first_error}")
     if after.touches <= before.touches:
         raise BenchError("QEMU's guest does not run at the destination")
 
 
+def machine_options(guest: BareGuest) -> list[str]:
+    """The machine that the guest runs on, but for RAM and vCPUs."""
+    options = ["-nodefaults", "-no-user-config", "-display", "none", "-kernel", str(guest.path)]
+    # IA32_ARCH_CAPABILITIES: some KVMs announce it and then refuse to set it, and QEMU gives up.
+    return [*options, "-machine", "pc,accel=kvm", "-cpu", "host,-arch-capabilities"]
+
+
 @contextlib.contextmanager
 def _qemu(binary: str, guest: BareGuest, host: Host, directory: Path, options: tuple[str, ...]) -> Iterator[Qemu]:
     path, log = directory / "qmp", directory / "log"
     path.unlink(missing_ok=True)
-    command = [*host.inside, tool(binary), "-nodefaults", "-no-user-config", "-display", "none"]
-    # IA32_ARCH_CAPABILITIES: some KVMs announce it and then refuse to set it, and QEMU gives up.
-    command += ["-machine", "pc,accel=kvm", "-cpu", "host,-arch-capabilities", "-smp", "1"]
-    command += ["-m", f"{guest.memory_bytes >> 20}M", "-kernel", str(guest.path)]
+    command = [*host.inside, tool(binary), *machine_options(guest)]
+    command += ["-smp", "1", "-m", f"{guest.memory_bytes >> 20}M"]
     command += ["-qmp", f"unix:{path},server=on,wait=off", *options]
     with process(command, log=log) as started:
 
