@@ -29,6 +29,7 @@ from migrate.errors import (
     UnsupportedHostError,
 )
 from migrate.guest.features import check_cpuid_supported
+from migrate.guest.protocol import PACKET_MAX_BYTES
 from migrate.guest.qemu.attach import attach, machine_type_of
 from migrate.guest.qemu.command import check_qemu_spec, command_line, program
 from migrate.guest.qemu.faults import Faults, InjectedFaults, Opened, listening, needs_preload
@@ -37,7 +38,7 @@ from migrate.guest.qemu.process import Mapping, Watched, find_mapping
 from migrate.guest.qemu.qmp import Qmp
 from migrate.native import uffd
 from migrate.native.dirty_scan import DirtyScan
-from migrate.units import PAGE_SIZE_BYTES
+from migrate.units import PAGE_SIZE_BYTES, format_bytes
 from migrate.v1 import guest_protocol_pb2 as pb
 from migrate.v1 import types_pb2 as types
 
@@ -50,6 +51,8 @@ _CAPABILITIES = {"x-ignore-shared": True, "events": True}
 # The state was saved, but QEMU has not yet come to rest.
 _SAVING = "finish-migrate"
 _LAST_WORDS_BYTES = 2000
+# What a packet of the guest protocol and a Switchover have room for, besides the rest of them.
+STATE_MAX_BYTES = PACKET_MAX_BYTES - (4 << 10)
 
 
 class QemuGuest:
@@ -70,6 +73,7 @@ class QemuGuest:
         self._lock = threading.RLock()
         self._armed: Opened | None = None
         self._saved_state: bytes | None = None
+        self._stream_fd: int | None = None
         self._owners_capabilities: dict[str, bool] = {}
         self._is_loading = False
         self._mapping: Mapping | None = None
@@ -97,6 +101,8 @@ class QemuGuest:
                 self._await_incoming()
             elif self._is_ours:
                 self.resume()
+            if self._is_ours:
+                self._prepare_stream()
         except BaseException:
             self._abandon()
             raise
@@ -262,6 +268,12 @@ class QemuGuest:
                 stream = self._stream_through("migrate", b"")
                 state = pb.MachineState(version=STATE_VERSION, kind=self._spec.kind, qemu_stream=stream)
                 self._saved_state = state.SerializeToString()
+            if len(self._saved_state) > STATE_MAX_BYTES:
+                raise QemuError(
+                    f"the state of its devices is {format_bytes(len(self._saved_state))}, which is more than"
+                    f" {format_bytes(STATE_MAX_BYTES)}",
+                    remedy="leave out the boot ROMs of network cards (romfile=), and graphics cards",
+                )
             return self._saved_state, 0
 
     def load_state(self, serialized: bytes) -> None:
@@ -289,17 +301,27 @@ class QemuGuest:
                 raise self._last_words("take the state") from error
             self._is_loading = self._is_incoming = False
 
+    def _prepare_stream(self) -> None:
+        """Give QEMU the file of its next stream, which takes time, before the vCPUs stop."""
+        if self._stream_fd is None:
+            fd = os.memfd_create("migrate-state", os.MFD_CLOEXEC)
+            try:
+                self._qmp.hand_over(fd)
+            except MigrateError:
+                os.close(fd)
+                raise
+            self._stream_fd = fd
+
     def _stream_through(self, command: str, stream: bytes) -> bytes:
         """Have QEMU read a stream, or write one, which is returned."""
-        fd = os.memfd_create("migrate-state", os.MFD_CLOEXEC)
-        try:
-            with os.fdopen(os.dup(fd), "wb") as file:
-                file.write(stream)
-            os.lseek(fd, 0, os.SEEK_SET)
-            self._qmp.migrate(command, fd)
+        self._prepare_stream()
+        fd, self._stream_fd = self._stream_fd, None
+        assert fd is not None  # noqa: S101 - it was prepared
+        with os.fdopen(fd, "rb"):
+            # QEMU reads, or writes, from the beginning: its descriptor shares our offset.
+            os.pwrite(fd, stream, 0)
+            self._qmp.migrate(command)
             return os.pread(fd, os.fstat(fd).st_size, 0)
-        finally:
-            os.close(fd)
 
     # ---- pages ----
 
@@ -330,6 +352,10 @@ class QemuGuest:
                 uffd.unregister(self._armed.fd, self._find_mapping().hva, self._spec.memory_bytes)
                 armed, self._armed = self._armed, None
                 armed.close()
+            if self._is_ours and self._is_running:
+                # For its next journey; if not now, then when it is needed.
+                with contextlib.suppress(MigrateError):
+                    self._prepare_stream()
 
     def start_dirty_log(self) -> int:
         """Note the pages that QEMU writes; the memfd of the log. Repeatable: the log begins anew.

@@ -15,6 +15,7 @@ from migrate.errors import GuestBusyError, GuestGoneError, QemuError
 
 COMMAND_S = 20.0
 _CONNECT_S = 5.0
+_FD_NAME = "migrate-state"
 _VCPU_EVENTS = ("STOP", "RESUME")
 _ENDS = {"completed", "failed", "cancelled"}
 
@@ -63,13 +64,17 @@ class Qmp:
         named = {name.replace("_", "-"): value for name, value in arguments.items()}
         return self._run(self._client.execute(command, named), COMMAND_S, command)
 
-    def migrate(self, command: str, fd: int) -> None:
-        """Do `migrate` or `migrate-incoming` by way of a file, and wait for its end.
+    def hand_over(self, fd: int) -> None:
+        """Give QEMU a descriptor, for one `migrate`. The one that it has of before, if any, it closes."""
+        self._run(self._hand_over(fd), COMMAND_S, "getfd")
+
+    def migrate(self, command: str) -> None:
+        """Do `migrate` or `migrate-incoming` by way of the file that was handed over, and wait for its end.
 
         Raises:
             QemuError: it failed; QEMU is as it was before, unless it is incoming: then it is fit for nothing.
         """
-        self._run(self._migrate(command, fd), COMMAND_S, command)
+        self._run(self._migrate(command), COMMAND_S, command)
 
     def set_capabilities(self, wanted: dict[str, bool]) -> dict[str, bool]:
         """Set some of QEMU's migration capabilities; what they were before.
@@ -107,13 +112,14 @@ class Qmp:
         async for event in self._events:
             self.on_event(str(event["event"]))
 
-    async def _migrate(self, command: str, fd: int) -> None:
-        name = "migrate-state"
+    async def _hand_over(self, fd: int) -> None:
         self._client.send_fd_scm(fd)
-        await self._client.execute("getfd", {"fdname": name})
+        await self._client.execute("getfd", {"fdname": _FD_NAME})
+
+    async def _migrate(self, command: str) -> None:
         listener = EventListener("MIGRATION")
         with self._client.listen(listener):
-            await self._client.execute(command, {"uri": f"fd:{name}"})
+            await self._client.execute(command, {"uri": f"fd:{_FD_NAME}"})
             status = ""
             while status not in _ENDS:
                 status = (await listener.get())["data"]["status"]  # type: ignore[index]
