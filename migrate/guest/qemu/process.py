@@ -1,5 +1,6 @@
 """One QEMU process, ours or somebody's, seen from outside: where its RAM is, and when it ends."""
 
+import contextlib
 import os
 import re
 import select
@@ -65,7 +66,9 @@ def open_file_of(pid: int, path: str) -> int:
     Raises:
         UnsupportedHostError: it cannot be opened.
     """
-    candidates = [Path(f"/proc/{pid}/root") / path.lstrip("/"), *sorted(Path(f"/proc/{pid}/fd").iterdir())]
+    candidates = [Path(f"/proc/{pid}/root") / path.lstrip("/")]
+    with contextlib.suppress(OSError):
+        candidates += sorted(Path(f"/proc/{pid}/fd").iterdir())
     mapped = {int(found[6]) for line in _read_maps(pid).splitlines() if (found := _MAPPING.match(line))}
     for candidate in candidates:
         try:
