@@ -41,7 +41,8 @@ def create(name: str, qemu_options: tuple[str, ...], daemon: DaemonAt, **options
     if qemu_options and options["kind"] != "qemu":
         raise click.UsageError("options of QEMU are for --kind qemu")
     spec = guest_spec(name, options)
-    spec.qemu.options.extend(qemu_options)
+    if qemu_options:
+        spec.qemu.options.extend(qemu_options)
     _create(daemon, spec, "created")
 
 

@@ -111,8 +111,9 @@ def wait_gone(pid):
 
 
 def answers_qmp(path):
-    """Whether a QEMU says hello there."""
-    with socket.socket(socket.AF_UNIX) as connection:
+    """Whether a QEMU says hello there; it has room for the next one afterwards."""
+    with socket.socket(socket.AF_UNIX) as connection, contextlib.suppress(ConnectionError, FileNotFoundError):
         connection.settimeout(10)
         connection.connect(str(path))
         return b"QMP" in connection.recv(4096)
+    return False

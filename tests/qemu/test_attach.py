@@ -54,7 +54,7 @@ def empty_qemu(directory, *options):
     command += ["-qmp", f"unix:{directory}/qmp,server=on,wait=off", *options]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL) as qemu:
         try:
-            wait_until((directory / "qmp").exists, 20, "QEMU to listen")
+            wait_until(lambda: answers_qmp(directory / "qmp"), 20, "QEMU to answer")
             yield qemu
         finally:
             qemu.kill()
@@ -119,7 +119,6 @@ def test_one_that_is_paused_stays_paused(daemons, tmp_path, ram_file):
 
 def test_file_whose_name_is_gone_is_found(daemons, tmp_path, ram_file):
     with empty_qemu(tmp_path, *shared_ram(ram_file)) as qemu:
-        wait_until(ram_file.exists, 20, "QEMU to make its RAM")
         ram_file.unlink()
 
         attach_qemu(daemons[0], "nameless", tmp_path / "qmp")

@@ -16,7 +16,7 @@ from tests.harness import unprivileged
 from tests.harness.daemons import DaemonProcess
 from tests.harness.linux_guest import QEMU
 from tests.harness.processes import is_alive
-from tests.harness.qemu_guests import attach_qemu, create_qemu, qemu_of, userfaultfds
+from tests.harness.qemu_guests import answers_qmp, attach_qemu, create_qemu, qemu_of, userfaultfds
 from tests.harness.waiting import wait_until
 
 pytestmark = [pytest.mark.qemu, pytest.mark.uffd]
@@ -97,8 +97,7 @@ def test_qemu_of_another_user_is_refused_and_runs_on(nobodys, open_dir):
     command += ["-qmp", f"unix:{shared}/qmp,server=on,wait=off"]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL) as qemu:
         try:
-            wait_until((shared / "qmp").exists, 20, "QEMU to listen")
-            wait_until((shared / "ram").exists, 20, "QEMU to make its RAM")
+            wait_until(lambda: answers_qmp(shared / "qmp"), 20, "QEMU to answer")
             (shared / "qmp").chmod(0o666)
             (shared / "ram").chmod(0o666)
 

@@ -6,16 +6,14 @@ that change the guest asks QEMU anything: one that waits for a page answers nobo
 """
 
 import contextlib
-import fcntl
 import mmap
 import os
 import secrets
-import socket
-import subprocess
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING
 
 from google.protobuf.message import DecodeError
 
@@ -23,7 +21,6 @@ from migrate.errors import (
     GuestBusyError,
     GuestGoneError,
     MigrateError,
-    MissingFeatureError,
     QemuError,
     RemoteProtocolError,
     UnsupportedHostError,
@@ -31,26 +28,26 @@ from migrate.errors import (
 from migrate.guest.features import check_cpuid_supported
 from migrate.guest.protocol import PACKET_MAX_BYTES
 from migrate.guest.qemu.attach import attach, machine_type_of
-from migrate.guest.qemu.command import check_qemu_spec, command_line, program
-from migrate.guest.qemu.faults import Faults, InjectedFaults, Opened, listening, needs_preload
+from migrate.guest.qemu.command import check_qemu_spec
+from migrate.guest.qemu.dirty_log import DirtyLog
+from migrate.guest.qemu.faults import Faults, InjectedFaults, Opened
 from migrate.guest.qemu.features import cpuid_of
+from migrate.guest.qemu.launch import last_words, launch
 from migrate.guest.qemu.process import Mapping, Watched, find_mapping
-from migrate.guest.qemu.qmp import Qmp
 from migrate.native import uffd
-from migrate.native.dirty_scan import DirtyScan
 from migrate.units import PAGE_SIZE_BYTES, format_bytes
 from migrate.v1 import guest_protocol_pb2 as pb
 from migrate.v1 import types_pb2 as types
 
+if TYPE_CHECKING:
+    import subprocess
+
 STATE_VERSION = 1
-_MFD_FLAGS = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
-_F_ADD_SEALS = 1033
-_F_SEAL_SHRINK_GROW = 0x2 | 0x4
 _INCOMING = "inmigrate"
 _CAPABILITIES = {"x-ignore-shared": True, "events": True}
 # The state was saved, but QEMU has not yet come to rest.
 _SAVING = "finish-migrate"
-_LAST_WORDS_BYTES = 2000
+_REST_S = 10.0
 # What a packet of the guest protocol and a Switchover have room for, besides the rest of them.
 STATE_MAX_BYTES = PACKET_MAX_BYTES - (4 << 10)
 
@@ -77,7 +74,7 @@ class QemuGuest:
         self._owners_capabilities: dict[str, bool] = {}
         self._is_loading = False
         self._mapping: Mapping | None = None
-        self._dirty_log: _DirtyLog | None = None
+        self._dirty_log: DirtyLog | None = None
         self._is_ours = not description.spec.qemu.qmp_socket
         self._spec = types.GuestSpec()
         self._spec.CopyFrom(description.spec)
@@ -86,7 +83,7 @@ class QemuGuest:
         self._has_run = not self._is_incoming
         directory.mkdir(mode=0o700, exist_ok=True)
         if self._is_ours:
-            self._start(description.machine_type)
+            self._launch(description.machine_type)
         else:
             self._attach()
         try:
@@ -109,62 +106,23 @@ class QemuGuest:
 
     # ---- how it begins ----
 
-    def _start(self, machine_type: str) -> None:
-        spec = self._spec
-        self.memfd = os.memfd_create(f"migrate-{spec.name}", _MFD_FLAGS)
-        os.ftruncate(self.memfd, spec.memory_bytes)
-        fcntl.fcntl(self.memfd, _F_ADD_SEALS, _F_SEAL_SHRINK_GROW)
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        command = command_line(
-            spec,
-            program=program(),
-            ram_fd=self.memfd,
-            monitor_fd=theirs.fileno(),
-            directory=self._directory,
-            machine_type=machine_type,
-        )
-        # It ends with us: nobody else could say what its vCPUs may do.
-        command = ["setpriv", "--pdeathsig", "KILL", *command, "-S"]
-        with contextlib.ExitStack() as stack:
-            await_faults, variables = None, {"LD_PRELOAD": ""}
-            if needs_preload():
-                variables, await_faults = stack.enter_context(listening(self._directory, spec.memory_bytes))
-            with theirs, self._log.open("wb") as log:
-                self._child = _spawn(command, variables, [self.memfd, theirs.fileno()], log, self._directory)
-            self._pid = self._child.pid
-            try:
-                self._qmp = Qmp(ours)
-                self._faults: Faults = InjectedFaults(self._pid, is_ours=True)
-                if await_faults is not None:
-                    self._faults = await_faults(self.memfd)
-            except MigrateError as error:
-                self._child.kill()
-                self._child.wait()
-                raise (self._last_words("start") if isinstance(error, GuestGoneError) else error) from error
-
-    @property
-    def _log(self) -> Path:
-        return self._directory / "qemu.log"
-
-    def _last_words(self, what: str) -> MigrateError:
-        words = self._log.read_bytes()[-_LAST_WORDS_BYTES:].decode(errors="replace").strip()
-        if "No such file or directory" in words and program() in words:
-            return UnsupportedHostError(
-                f"there is no {program()} on this host", remedy="install it (Debian: qemu-system-x86)"
-            )
-        cls = MissingFeatureError if self._is_incoming else QemuError
-        return cls(f"QEMU did not {what}: {words or 'it does not say why'}")
+    def _launch(self, machine_type: str) -> None:
+        launched = launch(self._spec, self._directory, machine_type)
+        self._qmp, self._pid, self.memfd = launched.qmp, launched.pid, launched.ram_fd
+        self._faults: Faults = launched.faults
+        self._child: subprocess.Popen[bytes] | None = launched.child
 
     def _attach(self) -> None:
         found = attach(self._spec.qemu.qmp_socket)
-        self._qmp, self._pid, self.memfd, self._machine_type = found.qmp, found.pid, found.ram_fd, found.machine_type
+        self._qmp, self._pid, self.memfd = found.qmp, found.pid, found.ram_fd
         self._spec.memory_bytes, self._spec.vcpus = found.memory_bytes, found.vcpus
         self._spec.qemu.options[:] = found.options
         self._spec.qemu.ram_id = found.ram_id
-        check_qemu_spec(self._spec)
         self._is_running = found.is_running
         self._faults = faults = InjectedFaults(self._pid, is_ours=False)
+        self._child = None
         try:
+            check_qemu_spec(self._spec)
             # What would be missing at its migration is better known now.
             faults.check()
             self._find_mapping()
@@ -245,14 +203,21 @@ class QemuGuest:
         with self._lock:
             if self._is_incoming:
                 raise GuestBusyError("the guest has not arrived yet")
-            while self._saved_state is not None and self._qmp.call("query-status")["status"] == _SAVING:
-                pass  # it comes to rest within milliseconds, and says nothing when it does
+            if self._saved_state is not None:
+                self._await_rest()
             self._qmp.call("cont")
             self._saved_state = None
             self._has_run = self._is_running = True
             if self._owners_capabilities:
                 self._qmp.set_capabilities(self._owners_capabilities)
                 self._owners_capabilities = {}
+
+    def _await_rest(self) -> None:
+        """Wait until QEMU has come to rest after its state was saved, which takes milliseconds, and is not told."""
+        until_s = time.monotonic() + _REST_S
+        while self._qmp.call("query-status")["status"] == _SAVING:
+            if time.monotonic() > until_s:
+                raise GuestBusyError("QEMU does not come to rest after it saved its state")
 
     def save_state(self) -> tuple[bytes, int]:
         """QEMU's own stream of a paused guest, RAM left out. The guest may run on afterwards.
@@ -298,7 +263,7 @@ class QemuGuest:
             try:
                 self._stream_through("migrate-incoming", state.qemu_stream)
             except GuestGoneError as error:  # it ends, and says why where it says everything
-                raise self._last_words("take the state") from error
+                raise last_words(self._directory, "take the state", is_incoming=True) from error
             self._is_loading = self._is_incoming = False
 
     def _prepare_stream(self) -> None:
@@ -365,7 +330,7 @@ class QemuGuest:
         """
         with self._lock:
             self.stop_dirty_log()
-            self._dirty_log = _DirtyLog(self._faults, self._find_mapping().hva, self._spec)
+            self._dirty_log = DirtyLog(self._faults, self._find_mapping().hva, self._spec)
             return self._dirty_log.memfd
 
     def sync_dirty_log(self, *, keep: bool) -> int:
@@ -411,7 +376,7 @@ class QemuGuest:
 
     def _abandon(self) -> None:
         """It could not be made: end what is ours, and let be what is not."""
-        if self._is_ours:
+        if self._child is not None:
             self._child.kill()
             self._child.wait()
         self._qmp.close()
@@ -424,42 +389,3 @@ class QemuGuest:
                 path.unlink()
         with contextlib.suppress(OSError):
             self._directory.rmdir()
-
-
-class _DirtyLog:
-    """Pages that one process writes, in a memfd of a bit for each page."""
-
-    def __init__(self, faults: Faults, hva: int, spec: types.GuestSpec) -> None:
-        size_bytes = -(-(spec.memory_bytes // PAGE_SIZE_BYTES) // 64) * 8
-        with contextlib.ExitStack() as stack:
-            opened = faults.open(with_wp=True)
-            stack.callback(opened.close)
-            self._scan = DirtyScan(opened.fd, opened.pagemap_fd, hva, spec.memory_bytes)
-            stack.callback(self._scan.stop)
-            self.memfd = os.memfd_create(f"migrate-{spec.name}-dirty", _MFD_FLAGS)
-            stack.callback(os.close, self.memfd)
-            os.ftruncate(self.memfd, size_bytes)
-            fcntl.fcntl(self.memfd, _F_ADD_SEALS, _F_SEAL_SHRINK_GROW)
-            self._bitmap = mmap.mmap(self.memfd, size_bytes)
-            stack.callback(self._bitmap.close)
-            self._stack = stack.pop_all()
-
-    def sync(self, *, keep: bool) -> int:
-        """As the guest has it."""
-        return self._scan.sync(self._bitmap, keep=keep)
-
-    def close(self) -> None:
-        """Note nothing any more; nothing of ours is left in the process."""
-        self._stack.close()
-
-
-def _spawn(
-    command: list[str], variables: dict[str, str], pass_fds: list[int], log: BinaryIO, cwd: Path
-) -> "subprocess.Popen[bytes]":
-    environment = {name: value for name, value in {**os.environ, **variables}.items() if value}
-    try:
-        return subprocess.Popen(
-            command, pass_fds=pass_fds, env=environment, cwd=cwd, stdin=subprocess.DEVNULL, stdout=log, stderr=log
-        )
-    except OSError as error:
-        raise UnsupportedHostError(f"QEMU cannot be started: {error.strerror}") from error

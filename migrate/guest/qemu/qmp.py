@@ -109,8 +109,9 @@ class Qmp:
         await self._client.disconnect()
 
     async def _follow(self) -> None:
-        async for event in self._events:
-            self.on_event(str(event["event"]))
+        with contextlib.suppress(asyncio.CancelledError):
+            async for event in self._events:
+                self.on_event(str(event["event"]))
 
     async def _hand_over(self, fd: int) -> None:
         self._client.send_fd_scm(fd)
