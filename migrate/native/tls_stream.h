@@ -1,6 +1,6 @@
 /*
- * One TLS connection over a socket: the handshake, then bytes both ways, as long as the peer is trusted: its certificate
- * is looked at every second, by the files of then. Not thread-safe.
+ * One TLS connection over a socket: the handshake, then bytes both ways, as long as the peer is trusted: its
+ * certificate is looked at every second, by the files of then. Not thread-safe.
  */
 #ifndef MIG_TLS_STREAM_H
 #define MIG_TLS_STREAM_H
