@@ -89,6 +89,7 @@ class DaemonConfig:
         advertise_pages: Likewise of `page_listen`.
         tls_dir: The daemon's certificate, key, and whom it trusts (migrate/tls.py); None serves everybody in plaintext.
         qemu_dirs: Where files of QEMU guests that arrive may lie.
+        programs_dir: What may be started as a guest of kind process, by name; None if nothing may.
         ready_fd: Written one JSON line {"listen": …, "page_listen": …} once the daemon serves, then closed.
     """
 
@@ -99,4 +100,5 @@ class DaemonConfig:
     advertise_pages: str | None = None
     tls_dir: Path | None = None
     qemu_dirs: tuple[Path, ...] = ()
+    programs_dir: Path | None = None
     ready_fd: int | None = None

@@ -158,6 +158,12 @@ class QemuError(MigrateError):
     grpc_status = "FAILED_PRECONDITION"
 
 
+class ProgramError(MigrateError):
+    """A program that opted in to being moved says that it cannot do what was asked; the message has its words."""
+
+    grpc_status = "FAILED_PRECONDITION"
+
+
 class StateDirError(MigrateError):
     """What must outlive the daemon could not be written down, or read again."""
 

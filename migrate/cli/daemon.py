@@ -32,6 +32,11 @@ from migrate.config import DaemonConfig, Endpoint
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Where files of QEMU guests that arrive may lie; may be repeated.  [default: nowhere]",
 )
+@click.option(
+    "--programs",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Executable files that may be started as guests, by their names.  [default: none]",
+)
 @click.option("--insecure", is_flag=True, help="Allow addresses that are not loopback, without TLS.")
 @click.option("--ready-fd", type=click.IntRange(0), hidden=True, help="Write the addresses here once they serve.")
 def daemon(
@@ -42,6 +47,7 @@ def daemon(
     advertise_pages: str | None,
     tls_dir: Path | None,
     qemu_dirs: tuple[Path, ...],
+    programs: Path | None,
     insecure: bool,
     ready_fd: int | None,
 ) -> None:
@@ -67,6 +73,7 @@ def daemon(
             advertise_pages=advertise_pages,
             tls_dir=tls_dir,
             qemu_dirs=qemu_dirs,
+            programs_dir=programs,
             ready_fd=ready_fd,
         )
     )

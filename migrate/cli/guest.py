@@ -48,15 +48,23 @@ def create(name: str, qemu_options: tuple[str, ...], daemon: DaemonAt, **options
 
 @guest.command()
 @_name_argument
-@click.option("--qmp", required=True, metavar="SOCKET", help="Where the monitor of QEMU listens, on the daemon's host.")
+@click.option("--qmp", metavar="SOCKET", help="Where the monitor of a QEMU listens, on the daemon's host.")
+@click.option("--socket", metavar="SOCKET", help="Where a program listens that opted in, on the daemon's host.")
 @daemon_option
-def attach(name: str, qmp: str, daemon: DaemonAt) -> None:
-    """Take over a QEMU that runs already, as guest NAME.
+def attach(name: str, qmp: str | None, socket: str | None, daemon: DaemonAt) -> None:
+    """Take over what runs already, as guest NAME: a QEMU, or a program that opted in to being moved.
 
-    It runs on as it was, if its RAM is a shared file; if it cannot be moved, the error says what is missing.
+    It runs on as it was. RAM of a QEMU must be a shared file; if it cannot be moved, the error says what is missing.
     """
-    qemu = types_pb2.QemuSpec(qmp_socket=str(Path(qmp).absolute()))
-    _create(daemon, types_pb2.GuestSpec(name=name, kind=types_pb2.GUEST_KIND_QEMU, qemu=qemu), "taken over")
+    if (qmp is None) == (socket is None):
+        raise click.UsageError("give either --qmp or --socket")
+    if qmp is not None:
+        qemu = types_pb2.QemuSpec(qmp_socket=str(Path(qmp).absolute()))
+        spec = types_pb2.GuestSpec(name=name, kind=types_pb2.GUEST_KIND_QEMU, qemu=qemu)
+    else:
+        process = types_pb2.ProcessSpec(socket=str(Path(str(socket)).absolute()))
+        spec = types_pb2.GuestSpec(name=name, kind=types_pb2.GUEST_KIND_PROCESS, process=process)
+    _create(daemon, spec, "taken over")
 
 
 def _create(daemon: DaemonAt, spec: types_pb2.GuestSpec, verb: str) -> None:

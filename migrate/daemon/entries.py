@@ -8,10 +8,14 @@ from migrate.session.rules import choose_compression, choose_transport
 from migrate.v1 import daemon_state_pb2 as saved
 from migrate.v1 import migration_service_pb2 as operator
 from migrate.v1 import transfer_service_pb2 as transfer
+from migrate.v1 import types_pb2 as types
 
 
 def source_entry(
-    migration_id: str, request: operator.StartMigrationRequest, guest: HostedGuest
+    migration_id: str,
+    request: operator.StartMigrationRequest,
+    guest: HostedGuest,
+    mode: "types.MigrationMode.ValueType",
 ) -> saved.SavedMigration:
     """A migration that an operator starts here."""
     source = saved.SavedSource(
@@ -21,6 +25,7 @@ def source_entry(
         to=request.to,
         kind=guest.spec.kind,
     )
+    source.request.mode = mode
     return saved.SavedMigration(migration_id=migration_id, source=source)
 
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from migrate.daemon.limits import GUESTS_MAX
+from migrate.daemon.programs import Programs
 from migrate.errors import (
     LOST_REMEDY,
     AlreadyExistsError,
-    ConfigError,
     GuestBusyError,
     GuestGoneError,
     GuestHolder,
@@ -25,7 +25,7 @@ from migrate.errors import (
 from migrate.guest.client import GuestClient
 from migrate.guest.qemu.command import check_arriving_options
 from migrate.guest.spawn import GuestProcess, adopt_guest, start_guest
-from migrate.guest.spec import check_spec
+from migrate.guest.spec import check_spec, is_others_process, is_program, runs_already
 from migrate.telemetry.host import available_bytes
 from migrate.units import format_bytes
 from migrate.v1 import types_pb2 as types
@@ -58,11 +58,13 @@ class GuestRegistry:
     Args:
         socket_dir: Where the guests' sockets live.
         qemu_dirs: Where files of QEMU guests that arrive may lie.
+        programs: What may be started as a guest; nothing, if it is not said.
     """
 
-    def __init__(self, socket_dir: Path, qemu_dirs: Sequence[Path] = ()) -> None:
+    def __init__(self, socket_dir: Path, qemu_dirs: Sequence[Path] = (), programs: Programs | None = None) -> None:
         self._socket_dir = socket_dir
         self._qemu_dirs = qemu_dirs
+        self._programs = programs or Programs(None)
         self._guests: dict[str, HostedGuest] = {}
         self._reserved: set[str] = set()
         self._lock = threading.Lock()
@@ -91,7 +93,7 @@ class GuestRegistry:
             UnsupportedHostError: this host cannot run its kind.
         """
         check_spec(spec)
-        if spec.kind == types.GUEST_KIND_QEMU and spec.qemu.qmp_socket:
+        if runs_already(spec):
             return self.describe(self._start(spec, spec, ""))  # its memory is here already
         needed_bytes = spec.workload.working_set_bytes or spec.memory_bytes
         if needed_bytes > available_bytes():
@@ -108,12 +110,13 @@ class GuestRegistry:
             AlreadyExistsError: the name is taken.
             MissingFeatureError: this host lacks a vCPU feature.
             PermissionDeniedError: its QEMU would use what is not for guests.
-            UnsupportedHostError: this host cannot run its kind.
+            UnsupportedHostError: this host cannot run its kind, or has no such program.
         """
+        if runs_already(description.spec):
+            # Not for a peer to say which sockets of this host are called.
+            raise RemoteProtocolError("a guest that arrives cannot run here already")
         check_spec(description.spec)
         if description.spec.kind == types.GUEST_KIND_QEMU:
-            if description.spec.qemu.qmp_socket:
-                raise ConfigError("a guest that arrives runs nowhere on this host")
             check_arriving_options(description.spec.qemu.options, self._qemu_dirs)
         return self._start(description.spec, description, migration_id)
 
@@ -204,7 +207,7 @@ class GuestRegistry:
         """End a guest, free its RAM and its name."""
         with self._lock:
             guest.is_leaving = True
-        if guest.spec.kind == types.GUEST_KIND_QEMU:
+        if is_others_process(guest.spec):
             # One that was taken over is no child of the guest process, so it does not end with it.
             with contextlib.suppress(MigrateError):
                 guest.client.shutdown()
@@ -227,6 +230,9 @@ class GuestRegistry:
         self, spec: types.GuestSpec, start_from: types.GuestSpec | types.GuestDescription, migration_id: str
     ) -> HostedGuest:
         socket_path = self._socket_dir / f"{spec.name}.sock"
+        program = None
+        if is_program(spec) and not runs_already(spec):
+            program = self._programs.path_of(spec.process.program)
         with self._left:
             # Nobody sees a guest that leaves, so its name must not seem to be taken: it may be on its way back already.
             self._left.wait_for(lambda: not self._is_leaving(spec.name), _LEAVE_S)
@@ -238,7 +244,7 @@ class GuestRegistry:
                 )
             self._reserved.add(spec.name)
         try:
-            process = start_guest(start_from, socket_path)
+            process = start_guest(start_from, socket_path, program)
             try:
                 client = GuestClient(socket_path, attach=True)
             except MigrateError:

@@ -23,6 +23,7 @@ from migrate.daemon.guests import GuestRegistry
 from migrate.daemon.limits import CALLS_MAX, SERVER_OPTIONS, LimitInterceptor
 from migrate.daemon.migrations import MigrationRegistry
 from migrate.daemon.peer import GrpcPeer
+from migrate.daemon.programs import Programs
 from migrate.daemon.services import GuestServicer, MigrationServicer, TransferServicer
 from migrate.daemon.state_dir import StateDir
 from migrate.daemon.status import ErrorInterceptor
@@ -63,18 +64,19 @@ class Daemon:
         config: Its settings.
 
     Raises:
-        ConfigError: an address cannot be listened on, or the TLS directory or the state directory cannot be used.
+        ConfigError: an address cannot be listened on, or one of the directories cannot be used.
     """
 
     def __init__(self, config: DaemonConfig) -> None:
         listen = Endpoint.parse(config.listen)
         page_listen = Endpoint.parse(config.page_listen) if config.page_listen else Endpoint(listen.host, 0)
+        programs = Programs(config.programs_dir)
         self._tls = DaemonTls(config.tls_dir) if config.tls_dir is not None else None
         self._is_mortal = config.state_dir is None
         self._state = StateDir(config.state_dir or Path(tempfile.mkdtemp(prefix="migrate-")))
         self.stopping = threading.Event()
         self._exports = Exports()
-        self._guests = GuestRegistry(self._state.socket_dir, config.qemu_dirs)
+        self._guests = GuestRegistry(self._state.socket_dir, config.qemu_dirs, programs)
         self._migrations = MigrationRegistry(
             self._guests,
             self._exports,

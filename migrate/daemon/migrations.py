@@ -153,10 +153,11 @@ class MigrationRegistry:
         check_compression(request.compression, request.transport)
         check_peer_timeout(request.peer_timeout_us)
         Endpoint.parse(request.to)
-        choose_mode(request.mode, self._guests.find(request.guest).spec.kind)
+        seen = self._guests.find(request.guest).client.look()
+        mode = choose_mode(request.mode, has_dirty_log=seen.has_dirty_log, reason=seen.no_dirty_log_reason)
         migration_id = uuid.uuid4().hex[:12]
         guest = self._guests.claim(request.guest, migration_id)
-        entry = source_entry(migration_id, request, guest)
+        entry = source_entry(migration_id, request, guest, mode)
         try:
             self._journal.save(entry)
         except StateDirError:

@@ -14,9 +14,10 @@ from migrate.error_info import error_info
 from migrate.errors import GuestBusyError, GuestGoneError, MigrateError, NativeError, RemoteProtocolError
 from migrate.guest import protocol
 from migrate.guest.coredumps import forbid_core_dumps
+from migrate.guest.dirty_log import OwnScan
 from migrate.guest.port import Guest
-from migrate.guest.qemu.guest import QemuGuest
 from migrate.guest.spawn import directory_of
+from migrate.guest.spec import is_program
 from migrate.guest.workload import WorkloadGuest
 from migrate.v1 import guest_protocol_pb2 as pb
 from migrate.v1 import types_pb2 as types
@@ -41,7 +42,12 @@ def answer(guest: Guest, request: pb.GuestRequest) -> tuple[pb.GuestResponse, li
 
 def _describe(guest: Guest, _: pb.GuestRequest) -> tuple[pb.GuestResponse, list[int]]:
     described = pb.DescribeResponse(
-        description=guest.describe(), state=guest.state, pid=os.getpid(), is_armed=guest.is_armed
+        description=guest.describe(),
+        state=guest.state,
+        pid=os.getpid(),
+        is_armed=guest.is_armed,
+        has_dirty_log=not guest.no_dirty_log,
+        no_dirty_log_reason=guest.no_dirty_log,
     )
     return pb.GuestResponse(describe=described), [guest.memfd]
 
@@ -80,7 +86,8 @@ _CHANGES: dict[str, Callable[[Guest, pb.GuestRequest], None]] = {
     "load_state": lambda guest, request: guest.load_state(request.load_state.state),
     "disarm": lambda guest, _: guest.disarm(),
     "stop_dirty_log": lambda guest, _: guest.stop_dirty_log(),
-    "shutdown": lambda *_: None,
+    # Before the answer: whoever hears that kills this process, and what was taken over would outlive it.
+    "shutdown": lambda guest, _: guest.end(),
 }
 _READS: dict[str, Callable[[Guest, pb.GuestRequest], tuple[pb.GuestResponse, list[int]]]] = {
     "describe": _describe,
@@ -174,11 +181,27 @@ def _listen(path: Path) -> socket.socket:
     return listener
 
 
+def _make_guest(
+    description: types.GuestDescription, arguments: argparse.Namespace, scan: OwnScan, leave: Callable[[], None]
+) -> Guest:
+    # The other kinds load what this one does not need, before its vCPUs may run.
+    if description.spec.kind == types.GUEST_KIND_QEMU:
+        from migrate.guest.qemu.guest import QemuGuest  # noqa: PLC0415
+
+        return QemuGuest(description, directory_of(arguments.socket), scan, on_end=leave)
+    if is_program(description.spec):
+        from migrate.guest.program.guest import ProgramGuest  # noqa: PLC0415
+
+        return ProgramGuest(description, arguments.program, scan, on_end=leave)
+    return WorkloadGuest(description, scan)
+
+
 def main() -> None:
     """Run one guest until it is shut down or killed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--socket", type=Path, required=True)
     parser.add_argument("--ready-fd", type=int, required=True)
+    parser.add_argument("--program", type=Path)
     born = parser.add_mutually_exclusive_group(required=True)
     born.add_argument("--spec", type=bytes.fromhex)
     born.add_argument("--description", type=bytes.fromhex)
@@ -193,6 +216,7 @@ def main() -> None:
         arguments.socket.unlink(missing_ok=True)
         os._exit(0)
 
+    scan = OwnScan.open()
     forbid_core_dumps()
     with os.fdopen(arguments.ready_fd, "wb", buffering=0) as ready:
         try:
@@ -200,10 +224,7 @@ def main() -> None:
                 description = types.GuestDescription(spec=types.GuestSpec.FromString(arguments.spec))
             else:
                 description = types.GuestDescription.FromString(arguments.description)
-            if description.spec.kind == types.GUEST_KIND_QEMU:
-                guest = QemuGuest(description, directory_of(arguments.socket), on_end=leave)
-            else:
-                guest = WorkloadGuest(description)
+            guest = _make_guest(description, arguments, scan, leave)
             listener = _listen(arguments.socket)
         except (MigrateError, OSError) as error:
             known = error if isinstance(error, MigrateError) else NativeError("start the guest", error.errno or 0)

@@ -25,6 +25,10 @@ class Guest(Protocol):
         """Whether RAM is registered, so that pages may be missing."""
 
     @property
+    def no_dirty_log(self) -> str:
+        """Why it cannot note the pages that it writes; empty if it can."""
+
+    @property
     def state(self) -> "types.GuestState.ValueType":
         """What the guest does now."""
 

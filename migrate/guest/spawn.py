@@ -87,8 +87,15 @@ def adopt_guest(socket_path: Path) -> tuple[GuestProcess, GuestClient]:
         raise
 
 
-def start_guest(start_from: types.GuestSpec | types.GuestDescription, socket_path: Path) -> GuestProcess:
+def start_guest(
+    start_from: types.GuestSpec | types.GuestDescription, socket_path: Path, program: Path | None = None
+) -> GuestProcess:
     """Start a guest that begins its life here (from a spec) or arrives (from a description); return once it listens.
+
+    Args:
+        start_from: What it is.
+        socket_path: Where it will listen.
+        program: What it starts, if it is a program.
 
     Raises:
         MigrateError: what the guest process raised.
@@ -101,6 +108,7 @@ def start_guest(start_from: types.GuestSpec | types.GuestDescription, socket_pat
     command = [sys.executable, "-m", "migrate.guest.host", "--socket", str(socket_path)]
     command += ["--description" if incoming else "--spec", start_from.SerializeToString().hex()]
     command += ["--ready-fd", str(ready_write)]
+    command += [] if program is None else ["--program", str(program)]
     try:
         child = subprocess.Popen(command, pass_fds=[ready_write], start_new_session=True, stdin=subprocess.DEVNULL)
     except OSError as error:

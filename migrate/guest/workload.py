@@ -14,7 +14,14 @@ from collections.abc import Iterable
 
 from google.protobuf.message import DecodeError
 
-from migrate.errors import GuestBusyError, MigrateError, RemoteProtocolError, UffdUnavailableError
+from migrate.errors import (
+    GuestBusyError,
+    MigrateError,
+    RemoteProtocolError,
+    UffdUnavailableError,
+    UnsupportedHostError,
+)
+from migrate.guest.dirty_log import OwnScan, ScanLog, make_bitmap
 from migrate.guest.features import check_cpuid_supported
 from migrate.guest.layout import layout_of, payload_params
 from migrate.guest.spec import check_spec
@@ -41,12 +48,13 @@ class WorkloadGuest:
 
     Args:
         description: The guest; a description with an empty `regions` begins its life here.
+        scan: How this process can log its own writes: the dirty log of kind process.
 
     Raises:
         MigrateError: this host cannot run it.
     """
 
-    def __init__(self, description: types.GuestDescription) -> None:
+    def __init__(self, description: types.GuestDescription, scan: OwnScan) -> None:
         spec = description.spec
         check_spec(spec)
         self.instance = secrets.token_hex(8)
@@ -64,7 +72,8 @@ class WorkloadGuest:
         mailbox_hva = ctypes.addressof(ctypes.c_char.from_buffer(self._mailboxes))
         self._machine = Machine(self._ram_hva, spec.memory_bytes, mailbox_hva, spec.vcpus, self._cpuid)
         self._uffd: int | None = None
-        self._dirty_log: tuple[int, mmap.mmap] | None = None
+        self._scan = scan
+        self._dirty_log: _KvmLog | ScanLog | None = None
         self._loaded = False
         self._has_run = False
         self._running = False
@@ -92,6 +101,11 @@ class WorkloadGuest:
     def is_armed(self) -> bool:
         """Whether RAM is registered, so that pages may be missing."""
         return self._uffd is not None
+
+    @property
+    def no_dirty_log(self) -> str:
+        """Why it cannot note the pages that it writes; empty if it can."""
+        return "" if self._machine.is_kvm else self._scan.obstacle
 
     @property
     def state(self) -> "types.GuestState.ValueType":
@@ -231,17 +245,18 @@ class WorkloadGuest:
         """Note the pages that the vCPUs write; the memfd of the log. Repeatable: the log begins anew.
 
         Raises:
-            KvmError: there is no such log here.
+            UnsupportedHostError: there is no such log here.
         """
+        if self.no_dirty_log:
+            raise UnsupportedHostError(f"the guest cannot note what it writes: {self.no_dirty_log}")
         with self._lock:
-            self._machine.start_dirty_log()
-            if self._dirty_log is None:
-                size_bytes = -(-(self._spec.memory_bytes // PAGE_SIZE_BYTES) // 64) * 8
-                memfd = os.memfd_create(f"migrate-{self._spec.name}-dirty", _MFD_FLAGS)
-                os.ftruncate(memfd, size_bytes)
-                fcntl.fcntl(memfd, _F_ADD_SEALS, _F_SEAL_SHRINK_GROW)
-                self._dirty_log = (memfd, mmap.mmap(memfd, size_bytes))
-            return self._dirty_log[0]
+            self._stop_dirty_log()
+            spec = self._spec
+            if self._machine.is_kvm:
+                self._dirty_log = _KvmLog(self._machine, spec)
+            else:
+                self._dirty_log = ScanLog.of_own_memory(self._scan, self._ram_hva, spec.memory_bytes, spec.name)
+            return self._dirty_log.memfd
 
     def sync_dirty_log(self, *, keep: bool) -> int:
         """Move what was noted into the log's memfd; how many pages that are. With `keep`, it stays noted, too.
@@ -252,17 +267,17 @@ class WorkloadGuest:
         with self._lock:
             if self._dirty_log is None:
                 raise GuestBusyError("no dirty log was begun")
-            return self._machine.sync_dirty_log(self._dirty_log[1], keep=keep)
+            return self._dirty_log.sync(keep=keep)
 
     def stop_dirty_log(self) -> None:
         """Note nothing any more. Repeatable."""
         with self._lock:
-            if self._dirty_log is not None:
-                self._machine.stop_dirty_log()
-                memfd, mapping = self._dirty_log
-                self._dirty_log = None
-                mapping.close()
-                os.close(memfd)
+            self._stop_dirty_log()
+
+    def _stop_dirty_log(self) -> None:
+        log, self._dirty_log = self._dirty_log, None
+        if log is not None:
+            log.close()
 
     def _touches(self) -> int:
         return _sum_u64(self._machine.mailbox(index).touches for index in range(self._spec.vcpus))
@@ -311,6 +326,26 @@ class WorkloadGuest:
 
     def end(self) -> None:
         """Nothing outlives this process."""
+
+
+class _KvmLog:
+    """Pages that the vCPUs write, as KVM notes them, in a memfd of a bit for each page."""
+
+    def __init__(self, machine: Machine, spec: types.GuestSpec) -> None:
+        self._machine = machine
+        machine.start_dirty_log()
+        size_bytes = -(-(spec.memory_bytes // PAGE_SIZE_BYTES) // 64) * 8
+        self.memfd, self._bitmap = make_bitmap(spec.name, size_bytes)
+
+    def sync(self, *, keep: bool) -> int:
+        """As the guest has it."""
+        return self._machine.sync_dirty_log(self._bitmap, keep=keep)
+
+    def close(self) -> None:
+        """Note nothing any more."""
+        self._machine.stop_dirty_log()
+        self._bitmap.close()
+        os.close(self.memfd)
 
 
 def _sum_u64(counts: Iterable[int]) -> int:

@@ -16,17 +16,18 @@ _REMEDIES = {
 }
 
 
-def open_uffd(*, user_mode_only: bool) -> int:
+def open_uffd(*, user_mode_only: bool, with_wp: bool = False) -> int:
     """Open a userfaultfd with the features that the pager needs; return its descriptor.
 
     Args:
         user_mode_only: Faults of kernel code are not reported. Needs no privilege, but cannot serve a KVM guest.
+        with_wp: With the features that a dirty scan needs, instead.
 
     Raises:
         UffdUnavailableError: not to be had here; the remedy says why.
     """
     ret_fd = ffi.new("int *")
-    rc = lib.mig_uffd_open(lib.MIG_UFFD_FEATURES, user_mode_only, ret_fd)
+    rc = lib.mig_uffd_open(lib.MIG_UFFD_WP_FEATURES if with_wp else lib.MIG_UFFD_FEATURES, user_mode_only, ret_fd)
     if rc < 0:
         kind = "user-mode" if user_mode_only else "kernel-fault"
         raise UffdUnavailableError(f"no {kind} userfaultfd here: {os.strerror(-rc)}", remedy=_REMEDIES.get(-rc, ""))

@@ -65,22 +65,23 @@ def check_compression(asked: int, transport: int) -> None:
         )
 
 
-def choose_mode(asked: int, kind: int) -> "types.MigrationMode.ValueType":
+def choose_mode(asked: int, *, has_dirty_log: bool, reason: str) -> "types.MigrationMode.ValueType":
     """The mode of a migration for which none was asked for: hybrid, where the guest can tell what it writes.
 
     Args:
         asked: A migrate.v1.MigrationMode.
-        kind: The guest's migrate.v1.GuestKind.
+        has_dirty_log: Whether it can.
+        reason: Why it cannot.
 
     Raises:
         ConfigError: the guest cannot be moved in the mode that was asked for.
     """
-    has_dirty_log = kind != types.GUEST_KIND_PROCESS
     if asked == types.MIGRATION_MODE_UNSPECIFIED:
         return types.MIGRATION_MODE_HYBRID if has_dirty_log else types.MIGRATION_MODE_POSTCOPY
     if asked in (types.MIGRATION_MODE_HYBRID, types.MIGRATION_MODE_PRECOPY) and not has_dirty_log:
         raise ConfigError(
-            "a guest of kind process keeps no log of the pages that it writes", remedy="move it with --mode postcopy"
+            f"the guest keeps no log of the pages that it writes: {reason or 'it does not say why'}",
+            remedy="move it with --mode postcopy",
         )
     return types.MigrationMode.ValueType(asked)
 

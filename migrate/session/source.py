@@ -32,7 +32,7 @@ from migrate.session.convergence import DOWNTIME_LIMIT_DEFAULT_US, Terms
 from migrate.session.ledger import Ledger
 from migrate.session.ports import GuestPort, Journal, PeerOf
 from migrate.session.record import MigrationRecord, nothing_to_recover
-from migrate.session.rules import check_terms, check_token, choose_mode, choose_transport
+from migrate.session.rules import check_terms, check_token, choose_transport
 from migrate.session.serving import LOST_WORDS, DestinationLink, Serving
 from migrate.session.states import FINAL_STATES, Event, Machine, Side, State
 from migrate.session.two_generals import learn_whether_it_runs
@@ -89,7 +89,7 @@ class SourceSession:
         source = entry.source
         request = source.request
         request.peer_timeout_us = request.peer_timeout_us or PEER_TIMEOUT_DEFAULT_US
-        mode = choose_mode(request.mode, kind)
+        mode = request.mode or types.MIGRATION_MODE_POSTCOPY  # chosen when it was started
         check_terms(mode, request.order)
         self.entry = entry
         self._saved = source

@@ -239,10 +239,16 @@ class DescribeResponse(_message.Message):
     STATE_FIELD_NUMBER: _builtins.int
     PID_FIELD_NUMBER: _builtins.int
     IS_ARMED_FIELD_NUMBER: _builtins.int
+    HAS_DIRTY_LOG_FIELD_NUMBER: _builtins.int
+    NO_DIRTY_LOG_REASON_FIELD_NUMBER: _builtins.int
     state: _types_pb2.GuestState.ValueType
     pid: _builtins.int
     is_armed: _builtins.bool
     """RAM is registered: pages may be missing."""
+    has_dirty_log: _builtins.bool
+    """StartDirtyLog works: the guest can be moved in every mode."""
+    no_dirty_log_reason: _builtins.str
+    """Why it does not."""
     @_builtins.property
     def description(self) -> _types_pb2.GuestDescription: ...
     def __init__(
@@ -252,10 +258,12 @@ class DescribeResponse(_message.Message):
         state: _types_pb2.GuestState.ValueType = ...,
         pid: _builtins.int = ...,
         is_armed: _builtins.bool = ...,
+        has_dirty_log: _builtins.bool = ...,
+        no_dirty_log_reason: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["description", b"description"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "is_armed", b"is_armed", "pid", b"pid", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "has_dirty_log", b"has_dirty_log", "is_armed", b"is_armed", "no_dirty_log_reason", b"no_dirty_log_reason", "pid", b"pid", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -702,6 +710,7 @@ class MachineState(_message.Message):
     VCPUS_FIELD_NUMBER: _builtins.int
     MAILBOX_FIELD_NUMBER: _builtins.int
     QEMU_STREAM_FIELD_NUMBER: _builtins.int
+    PROGRAM_STATE_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     """1."""
     kind: _types_pb2.GuestKind.ValueType
@@ -709,6 +718,8 @@ class MachineState(_message.Message):
     """The paravirtual device through which the workload counts and times its touches; kinds kvm and process."""
     qemu_stream: _builtins.bytes
     """QEMU's migration stream with x-ignore-shared; kind qemu, which has nothing else."""
+    program_state: _builtins.bytes
+    """What a program says that its memory does not hold; kind process, if it is a program, which has nothing else."""
     @_builtins.property
     def vcpus(self) -> _containers.RepeatedCompositeFieldContainer[Global___VcpuState]: ...
     def __init__(
@@ -719,10 +730,11 @@ class MachineState(_message.Message):
         vcpus: _abc.Iterable[Global___VcpuState] | None = ...,
         mailbox: _builtins.bytes = ...,
         qemu_stream: _builtins.bytes = ...,
+        program_state: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "mailbox", b"mailbox", "qemu_stream", b"qemu_stream", "vcpus", b"vcpus", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "mailbox", b"mailbox", "program_state", b"program_state", "qemu_stream", b"qemu_stream", "vcpus", b"vcpus", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -29,7 +29,7 @@ class _GuestKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_GuestKind.V
     GUEST_KIND_KVM: _GuestKind.ValueType  # 1
     """Our own small VMM on /dev/kvm."""
     GUEST_KIND_PROCESS: _GuestKind.ValueType  # 2
-    """The same workload as a plain process, without KVM."""
+    """A plain process: the same workload without KVM, or a program of somebody else's that opted in."""
     GUEST_KIND_QEMU: _GuestKind.ValueType  # 3
     """An unpatched QEMU, with whatever runs in it."""
 
@@ -40,7 +40,7 @@ GUEST_KIND_UNSPECIFIED: GuestKind.ValueType  # 0
 GUEST_KIND_KVM: GuestKind.ValueType  # 1
 """Our own small VMM on /dev/kvm."""
 GUEST_KIND_PROCESS: GuestKind.ValueType  # 2
-"""The same workload as a plain process, without KVM."""
+"""A plain process: the same workload without KVM, or a program of somebody else's that opted in."""
 GUEST_KIND_QEMU: GuestKind.ValueType  # 3
 """An unpatched QEMU, with whatever runs in it."""
 Global___GuestKind: _TypeAlias = GuestKind  # noqa: Y015
@@ -409,6 +409,36 @@ class QemuSpec(_message.Message):
 Global___QemuSpec: _TypeAlias = QemuSpec  # noqa: Y015
 
 @_typing.final
+class ProcessSpec(_message.Message):
+    """A program of somebody else's that opted in to being moved (docs/embedding.md)."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRAM_FIELD_NUMBER: _builtins.int
+    SOCKET_FIELD_NUMBER: _builtins.int
+    program: _builtins.str
+    """What its operators call it, on every host: 1 to 64 of [A-Za-z0-9._-], starting with a letter or digit. What is
+    started under that name is up to the host's own operator.
+    """
+    socket: _builtins.str
+    """Where a program listens that runs already on the daemon's host and is taken over: then its memory and its name are
+    what it says. Never leaves that host.
+    """
+    def __init__(
+        self,
+        *,
+        program: _builtins.str = ...,
+        socket: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["program", b"program", "socket", b"socket"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProcessSpec: _TypeAlias = ProcessSpec  # noqa: Y015
+
+@_typing.final
 class GuestSpec(_message.Message):
     """A guest as its creator asks for it."""
 
@@ -420,6 +450,7 @@ class GuestSpec(_message.Message):
     VCPUS_FIELD_NUMBER: _builtins.int
     WORKLOAD_FIELD_NUMBER: _builtins.int
     QEMU_FIELD_NUMBER: _builtins.int
+    PROCESS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """1 to 64 of [A-Za-z0-9._-], starting with a letter or digit."""
     kind: Global___GuestKind.ValueType
@@ -427,10 +458,14 @@ class GuestSpec(_message.Message):
     vcpus: _builtins.int
     @_builtins.property
     def workload(self) -> Global___WorkloadSpec:
-        """Of kinds kvm and process."""
+        """Of kind kvm, and of kind process without a program."""
 
     @_builtins.property
     def qemu(self) -> Global___QemuSpec: ...
+    @_builtins.property
+    def process(self) -> Global___ProcessSpec:
+        """Of kind process, if it is a program."""
+
     def __init__(
         self,
         *,
@@ -440,10 +475,11 @@ class GuestSpec(_message.Message):
         vcpus: _builtins.int = ...,
         workload: Global___WorkloadSpec | None = ...,
         qemu: Global___QemuSpec | None = ...,
+        process: Global___ProcessSpec | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["qemu", b"qemu", "workload", b"workload"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["process", b"process", "qemu", b"qemu", "workload", b"workload"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "memory_bytes", b"memory_bytes", "name", b"name", "qemu", b"qemu", "vcpus", b"vcpus", "workload", b"workload"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "memory_bytes", b"memory_bytes", "name", b"name", "process", b"process", "qemu", b"qemu", "vcpus", b"vcpus", "workload", b"workload"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -120,7 +120,7 @@ class ModelGuest:
 
     def look(self):
         self._enter("look")
-        return guest_protocol.DescribeResponse(is_armed=self.is_registered)
+        return guest_protocol.DescribeResponse(is_armed=self.is_registered, has_dirty_log=True)
 
     def disarm(self):
         self._enter("disarm")

@@ -4,11 +4,13 @@ import os
 
 import pytest
 
-from migrate.errors import GuestBusyError, KvmError
+from migrate.errors import GuestBusyError, UnsupportedHostError
 from migrate.guest.client import GuestClient
+from migrate.guest.dirty_log import OwnScan
 from migrate.guest.spawn import start_guest
+from migrate.guest.workload import WorkloadGuest
 from migrate.v1 import types_pb2 as types
-from tests.harness.guests import state_of
+from tests.harness.guests import KINDS, spec_of, state_of
 from tests.harness.waiting import wait_until
 
 pytestmark = [pytest.mark.kvm, pytest.mark.uffd]
@@ -77,9 +79,10 @@ class Watched:
         return changed, dirty
 
 
-@pytest.fixture
-def watched(client_of):
-    guest = Watched(client_of())
+@pytest.fixture(params=KINDS, ids=["kvm", "process"])
+def watched(client_of, request):
+    guest = Watched(client_of(request.param))
+    assert guest.client.look().has_dirty_log
     yield guest
     guest.close()
 
@@ -110,8 +113,10 @@ def test_a_log_that_was_ended_can_begin_anew(watched):
     assert changed <= dirty
 
 
-def test_a_plain_process_keeps_no_log(client_of):
-    client = client_of(types.GUEST_KIND_PROCESS)
-    with pytest.raises(KvmError):
-        client.start_dirty_log()
-    assert client.statistics().errors == 0
+def test_a_process_whose_kernel_cannot_says_so():
+    description = types.GuestDescription(spec=spec_of(types.GUEST_KIND_PROCESS))
+    guest = WorkloadGuest(description, OwnScan(-1, "no dirty scan here: told so by a test"))
+    assert "told so by a test" in guest.no_dirty_log
+    with pytest.raises(UnsupportedHostError, match="told so by a test"):
+        guest.start_dirty_log()
+    guest.pause()

@@ -172,7 +172,7 @@ def test_arriving_guest_uses_files_that_are_meant_for_guests(tmp_path):
         ["-drive", "file=ssh://host/etc/shadow"],
         ["-kernel", "/boot/vmlinuz"],
         ["-serial", "unix:/run/x"],
-        ["-chardev", "file,id=x,path=/root/.ssh/authorized_keys"],
+        ["-chardev", "file,id=x,path=/etc/cron.d/x"],
         ["-object", "secret,id=x,file=/etc/shadow"],
         ["-fw_cfg", "name=opt/x,file=/etc/shadow"],
         ["-netdev", "tap,id=n,script=/tmp/x"],

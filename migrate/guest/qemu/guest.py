@@ -25,15 +25,16 @@ from migrate.errors import (
     RemoteProtocolError,
     UnsupportedHostError,
 )
+from migrate.guest.dirty_log import OwnScan, ScanLog
 from migrate.guest.features import check_cpuid_supported
 from migrate.guest.protocol import PACKET_MAX_BYTES
 from migrate.guest.qemu.attach import attach, machine_type_of
 from migrate.guest.qemu.command import check_qemu_spec
-from migrate.guest.qemu.dirty_log import DirtyLog
 from migrate.guest.qemu.faults import Faults, InjectedFaults, Opened
 from migrate.guest.qemu.features import cpuid_of
 from migrate.guest.qemu.launch import last_words, launch
-from migrate.guest.qemu.process import Mapping, Watched, find_mapping
+from migrate.guest.qemu.process import Mapping, find_mapping
+from migrate.guest.watched import Watched
 from migrate.native import uffd
 from migrate.units import PAGE_SIZE_BYTES, format_bytes
 from migrate.v1 import guest_protocol_pb2 as pb
@@ -58,13 +59,17 @@ class QemuGuest:
     Args:
         description: The guest; one with an empty `regions` begins its life here, or runs already.
         directory: What stands for {dir} in its options; made, and removed by `end`.
+        scan: Whether the kernel can log the writes of a process.
         on_end: Called when QEMU has ended by itself.
 
     Raises:
         MigrateError: this host cannot run it, or not take it over; one that runs already runs on.
     """
 
-    def __init__(self, description: types.GuestDescription, directory: Path, on_end: Callable[[], None]) -> None:
+    def __init__(
+        self, description: types.GuestDescription, directory: Path, scan: OwnScan, on_end: Callable[[], None]
+    ) -> None:
+        self.no_dirty_log = scan.obstacle
         self.instance = secrets.token_hex(8)
         self._directory = directory
         self._lock = threading.RLock()
@@ -74,7 +79,7 @@ class QemuGuest:
         self._owners_capabilities: dict[str, bool] = {}
         self._is_loading = False
         self._mapping: Mapping | None = None
-        self._dirty_log: DirtyLog | None = None
+        self._dirty_log: ScanLog | None = None
         self._is_ours = not description.spec.qemu.qmp_socket
         self._spec = types.GuestSpec()
         self._spec.CopyFrom(description.spec)
@@ -89,7 +94,7 @@ class QemuGuest:
         try:
             self._machine_type = description.machine_type or machine_type_of(self._qmp)
             self._cpuid = cpuid_of(self._qmp)
-            self._process = Watched(self._pid, lambda: None if self._is_loading else on_end())
+            self._process = Watched(self._pid, lambda: None if self._is_loading else on_end(), "QEMU")
             self._qmp.on_event = self._on_event
             if self._is_ours:
                 self._qmp.set_capabilities(_CAPABILITIES)
@@ -330,7 +335,9 @@ class QemuGuest:
         """
         with self._lock:
             self.stop_dirty_log()
-            self._dirty_log = DirtyLog(self._faults, self._find_mapping().hva, self._spec)
+            hva, spec = self._find_mapping().hva, self._spec
+            opened = self._faults.open(with_wp=True)
+            self._dirty_log = ScanLog(opened.fd, opened.pagemap_fd, hva, spec.memory_bytes, spec.name, opened.close)
             return self._dirty_log.memfd
 
     def sync_dirty_log(self, *, keep: bool) -> int:

@@ -1,19 +1,14 @@
-"""One QEMU process, ours or somebody's, seen from outside: where its RAM is, and when it ends."""
+"""One QEMU process, ours or somebody's, seen from outside: where its RAM is."""
 
 import contextlib
 import os
 import re
-import select
-import signal
-import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from migrate.errors import GuestGoneError, UnsupportedHostError
 
 _MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S{4}) ([0-9a-f]+) (\S+) (\d+)")
-_END_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,44 +80,3 @@ def open_file_of(pid: int, path: str) -> int:
         f"the RAM file {path} of QEMU (process {pid}) cannot be opened for reading and writing",
         remedy="run the daemon as a user that may",
     )
-
-
-class Watched:
-    """A process whose end is noticed, and that can be ended. Thread-safe.
-
-    Args:
-        pid: The process.
-        on_end: Called once, in a thread of ours, when it has ended.
-
-    Raises:
-        GuestGoneError: there is no such process.
-    """
-
-    def __init__(self, pid: int, on_end: Callable[[], None]) -> None:
-        self.pid = pid
-        try:
-            self._pidfd = os.pidfd_open(pid)
-        except ProcessLookupError as error:
-            raise GuestGoneError(f"QEMU (process {pid}) is gone") from error
-        self._on_end = on_end
-        threading.Thread(target=self._wait, name="qemu-watch", daemon=True).start()
-
-    def kill(self) -> None:
-        """End it, and wait until it is gone. Idempotent."""
-        try:
-            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-        except ProcessLookupError:
-            return
-        self.has_ended(_END_S)
-
-    def has_ended(self, within_s: float = 0) -> bool:
-        """Whether it is gone, now or within a time."""
-        poll = select.poll()
-        poll.register(self._pidfd, select.POLLIN)
-        return bool(poll.poll(within_s * 1000))
-
-    def _wait(self) -> None:
-        poll = select.poll()
-        poll.register(self._pidfd, select.POLLIN)
-        poll.poll()
-        self._on_end()

@@ -1,0 +1,101 @@
+"""A dirty log of a process's memory in a memfd, as the guest protocol has it, for every guest without KVM's."""
+
+import contextlib
+import fcntl
+import mmap
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from migrate.errors import MigrateError
+from migrate.native import uffd
+from migrate.native.dirty_scan import DirtyScan, check_dirty_scan, open_pagemap
+from migrate.units import PAGE_SIZE_BYTES
+
+_MFD_FLAGS = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+_F_ADD_SEALS = 1033
+_F_SEAL_SHRINK_GROW = 0x2 | 0x4
+
+
+@dataclass(frozen=True, slots=True)
+class OwnScan:
+    """What a process needs to log its own writes.
+
+    Attributes:
+        pagemap_fd: Its own page map; -1 if there is none to be had.
+        obstacle: Why this host does not let it; empty if it does.
+    """
+
+    pagemap_fd: int
+    obstacle: str
+
+    @classmethod
+    def open(cls) -> "OwnScan":
+        """Try it. Before `forbid_core_dumps`, after which a process without privileges is denied its own page map."""
+        try:
+            check_dirty_scan()
+            return cls(open_pagemap(os.getpid()), "")
+        except MigrateError as error:
+            return cls(-1, f"{error.message} ({error.remedy})" if error.remedy else error.message)
+
+
+class ScanLog:
+    """Pages that one process writes, in a memfd of a bit for each page.
+
+    Args:
+        uffd_fd: A userfaultfd of the process, hands shaken for a dirty scan.
+        pagemap_fd: Its page map.
+        hva: Where its RAM is.
+        memory_bytes: How much that is.
+        name: The guest's.
+        close_uffd: Called at the end, and if it could not begin.
+
+    Raises:
+        MigrateError: the kernel refused.
+    """
+
+    def __init__(
+        self,
+        uffd_fd: int,
+        pagemap_fd: int,
+        hva: int,
+        memory_bytes: int,
+        name: str,
+        close_uffd: Callable[[], None],
+    ) -> None:
+        size_bytes = -(-(memory_bytes // PAGE_SIZE_BYTES) // 64) * 8
+        with contextlib.ExitStack() as stack:
+            stack.callback(close_uffd)
+            self._scan = DirtyScan(uffd_fd, pagemap_fd, hva, memory_bytes)
+            stack.callback(self._scan.stop)
+            self.memfd, self._bitmap = make_bitmap(name, size_bytes)
+            stack.callback(os.close, self.memfd)
+            stack.callback(self._bitmap.close)
+            self._stack = stack.pop_all()
+
+    @classmethod
+    def of_own_memory(cls, own: OwnScan, hva: int, memory_bytes: int, name: str) -> "ScanLog":
+        """A log of this very process.
+
+        Raises:
+            MigrateError: the kernel refused.
+        """
+        # The write-protection lifts itself, whoever writes: no fault is ever reported, so user mode suffices.
+        opened = uffd.open_uffd(user_mode_only=True, with_wp=True)
+        return cls(opened, own.pagemap_fd, hva, memory_bytes, name, lambda: os.close(opened))
+
+    def sync(self, *, keep: bool) -> int:
+        """Move what was noted into the memfd; how many pages that are. With `keep`, it stays noted, too."""
+        return self._scan.sync(self._bitmap, keep=keep)
+
+    def close(self) -> None:
+        """Note nothing any more; nothing of ours is left in the process."""
+        self._stack.close()
+
+
+def make_bitmap(name: str, size_bytes: int) -> tuple[int, mmap.mmap]:
+    """The memfd of a dirty log, of a size that stays, and where it is mapped."""
+    memfd = os.memfd_create(f"migrate-{name}-dirty", _MFD_FLAGS)
+    os.ftruncate(memfd, size_bytes)
+    fcntl.fcntl(memfd, _F_ADD_SEALS, _F_SEAL_SHRINK_GROW)
+    return memfd, mmap.mmap(memfd, size_bytes)
