@@ -51,6 +51,11 @@ class GuestShape:
     touch_rate_per_s: int = 0
 
     @property
+    def daemon_options(self) -> Sequence[str]:
+        """It needs nothing."""
+        return ()
+
+    @property
     def options(self) -> list[str]:
         """For `migrate guest create`."""
         options = ["--kind", "kvm", "--memory", str(self.memory_bytes), "--vcpus", str(self.vcpus)]
@@ -94,6 +99,10 @@ class AnyGuest(Protocol):
     @property
     def memory_bytes(self) -> int:
         """Its RAM."""
+
+    @property
+    def daemon_options(self) -> Sequence[str]:
+        """What daemons are started with to have it."""
 
     def running(self, source: "Daemon") -> contextlib.AbstractContextManager[RunningGuest]:
         """Have it run as it shall run when it is moved."""
@@ -208,9 +217,10 @@ def migrate_with_ours(
         BenchError: it failed, or the guest's memory was wrong afterwards.
     """
     with contextlib.ExitStack() as stack:
-        source = stack.enter_context(_daemon(link.source, directory / "source.log", tls))
+        terms = (tls, guest.daemon_options)
+        source = stack.enter_context(_daemon(link.source, directory / "source.log", *terms))
         running = stack.enter_context(guest.running(source))
-        destination = stack.enter_context(_daemon(link.destination, directory / "destination.log", tls))
+        destination = stack.enter_context(_daemon(link.destination, directory / "destination.log", *terms))
         daemons = {"source": source, "destination": destination}
         # It follows the migration, which costs some processor time; that is how people run it, so it counts.
         words = ["start", NAME, "--to", destination.address, "--mode", mode, *options]
@@ -257,10 +267,10 @@ def _page_figures(report: Report, populated_bytes: int) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def _daemon(host: Host, log: Path, tls: Tls | None) -> Iterator[Daemon]:
+def _daemon(host: Host, log: Path, tls: Tls | None, options: Sequence[str]) -> Iterator[Daemon]:
     ready, ready_far = os.pipe()
     command = [*host.inside, sys.executable, "-m", "migrate", "daemon", "--listen", f"{host.address}:0"]
-    command += ["--insecure"] if tls is None else ["--tls-dir", str(tls.host)]
+    command += [*options, *(["--insecure"] if tls is None else ["--tls-dir", str(tls.host)])]
     with contextlib.ExitStack() as stack:
         stream = stack.enter_context(os.fdopen(ready))
         try:

@@ -4,7 +4,7 @@ import contextlib
 import mmap
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,11 @@ class BareGuestInQemu:
     def memory_bytes(self) -> int:
         """Its RAM."""
         return self.guest.memory_bytes
+
+    @property
+    def daemon_options(self) -> Sequence[str]:
+        """Where its kernel is, which the destination must be allowed to use."""
+        return ("--qemu-dir", str(self.guest.path.parent))
 
     @contextlib.contextmanager
     def running(self, source: Daemon) -> Iterator["RunningInQemu"]:
