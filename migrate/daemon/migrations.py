@@ -242,8 +242,10 @@ class MigrationRegistry:
         """
         return self._incoming(request.migration_id).switch_over(request)
 
-    def incoming(self, migration_id: str, await_complete_us: int) -> types.Migration:
+    def incoming(self, migration_id: str, await_complete_us: int, *, live: bool = False) -> types.Migration:
         """What this destination knows of a migration, at once, or when no page is missing or the time is over.
+
+        With `live`, it has what those who watch want to know.
 
         Raises:
             NotFoundError: it never came here.
@@ -253,7 +255,8 @@ class MigrationRegistry:
             return past.final
         session = self._incoming(migration_id)
         session.await_complete(min(await_complete_us, _AWAIT_US_MAX))
-        return session.record.snapshot()
+        found = session.record.snapshot()
+        return session.record.live.add_to(found) if live else found
 
     def abort(self, migration_id: str, reason: str, attempt: int) -> None:
         """Undo a Prepare, and fence the attempt: a Prepare or Switchover that is still on its way is refused.

@@ -64,9 +64,9 @@ class GrpcPeer:
         """Say which pages are stale."""
         self._call_destination(lambda stub: stub.Invalidate, request, self._timeout_s)
 
-    def get_incoming(self, migration_id: str, await_complete_us: int = 0) -> types.Migration:
+    def get_incoming(self, migration_id: str, await_complete_us: int = 0, *, live: bool = False) -> types.Migration:
         """The migration as the destination sees it, at once, or when no page is missing or the time is over."""
-        request = transfer.GetIncomingRequest(migration_id=migration_id, await_complete_us=await_complete_us)
+        request = transfer.GetIncomingRequest(migration_id=migration_id, await_complete_us=await_complete_us, live=live)
         timeout_s = self._timeout_s + await_complete_us / 1_000_000
         return self._call_destination(lambda stub: stub.GetIncoming, request, timeout_s).migration
 

@@ -1,5 +1,6 @@
 """The gRPC face of the registries: each method takes a message apart, calls one thing, and puts an answer together."""
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from urllib.parse import unquote
@@ -116,15 +117,17 @@ class MigrationServicer(migration_rpc.MigrationServiceServicer):
     ) -> Iterator[migration.WatchMigrationResponse]:
         record = self._migrations.record(request.migration_id)
         version = -1
-        while context.is_active() and not self._stopping.is_set():
-            changed = record.wait_changed(version, _WATCH_POLL_S)
-            if changed == version:
-                continue
-            version = changed
-            is_final = record.is_final
-            yield migration.WatchMigrationResponse(migration=record.snapshot())
-            if is_final:
-                return
+        with record.live.watched() if request.live else contextlib.nullcontext():
+            while context.is_active() and not self._stopping.is_set():
+                changed = record.wait_changed(version, _WATCH_POLL_S)
+                if changed == version:
+                    continue
+                version = changed
+                is_final = record.is_final
+                found = record.snapshot()
+                yield migration.WatchMigrationResponse(migration=record.live.add_to(found) if request.live else found)
+                if is_final:
+                    return
 
     def StartSwitchover(
         self, request: migration.StartSwitchoverRequest, context: grpc.ServicerContext
@@ -177,7 +180,7 @@ class TransferServicer(transfer_rpc.TransferServiceServicer):
         self, request: transfer.GetIncomingRequest, context: grpc.ServicerContext
     ) -> transfer.GetIncomingResponse:
         self._check(request.migration_id, context)
-        migration = self._migrations.incoming(request.migration_id, request.await_complete_us)
+        migration = self._migrations.incoming(request.migration_id, request.await_complete_us, live=request.live)
         return transfer.GetIncomingResponse(migration=migration)
 
     def Complete(self, request: transfer.CompleteRequest, context: grpc.ServicerContext) -> transfer.CompleteResponse:

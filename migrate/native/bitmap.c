@@ -91,3 +91,18 @@ uint64_t mig_bitmap_next_clear(const struct mig_bitmap *bitmap, uint64_t from)
 {
     return next(bitmap, from, ~0ull);
 }
+
+uint64_t mig_bitmap_count(const struct mig_bitmap *bitmap, uint64_t first, uint64_t count)
+{
+    uint64_t found = 0;
+
+    while (count) {
+        const uint64_t shift = first % 64;
+        const uint64_t width = count < 64 - shift ? count : 64 - shift;
+        const uint64_t word = __atomic_load_n(&bitmap->words[first / 64], __ATOMIC_RELAXED) >> shift;
+        found += (uint64_t)__builtin_popcountll(width == 64 ? word : word & ((1ull << width) - 1));
+        first += width;
+        count -= width;
+    }
+    return found;
+}

@@ -26,6 +26,8 @@ uint64_t mig_bitmap_clear_range(struct mig_bitmap *bitmap, uint64_t first, uint6
 /** First bit at or after `from` that is set (or clear); `bits` if there is none. */
 uint64_t mig_bitmap_next_set(const struct mig_bitmap *bitmap, uint64_t from);
 uint64_t mig_bitmap_next_clear(const struct mig_bitmap *bitmap, uint64_t from);
+/** How many bits of a range are set. Its owner may change them meanwhile: each is counted as it is, or was. */
+uint64_t mig_bitmap_count(const struct mig_bitmap *bitmap, uint64_t first, uint64_t count);
 /** First bit at or after `from` that is set in `bitmap` and clear in `without`, which has as many bits. */
 uint64_t mig_bitmap_next_set_without(const struct mig_bitmap *bitmap, const struct mig_bitmap *without, uint64_t from);
 

@@ -79,6 +79,7 @@ int mig_pager_ask_again(struct mig_pager *pager);
 int mig_pager_poison_missing(struct mig_pager *pager, uint64_t *ret_pages);
 int mig_pager_wait_done(struct mig_pager *pager, uint64_t timeout_us);
 const struct mig_pager_counters *mig_pager_counters(const struct mig_pager *pager);
+void mig_pager_missing_map(const struct mig_pager *pager, uint32_t cells, uint8_t *ret_shares);
 uint32_t mig_pager_drain_records(struct mig_pager *pager, struct mig_fault_record *records, uint32_t max_records);
 
 struct mig_bitmap {
@@ -89,6 +90,7 @@ int mig_bitmap_init(struct mig_bitmap *bitmap, uint64_t bits);
 void mig_bitmap_deinit(struct mig_bitmap *bitmap);
 uint64_t mig_bitmap_set_range(struct mig_bitmap *bitmap, uint64_t first, uint64_t count);
 uint64_t mig_bitmap_clear_range(struct mig_bitmap *bitmap, uint64_t first, uint64_t count);
+uint64_t mig_bitmap_count(const struct mig_bitmap *bitmap, uint64_t first, uint64_t count);
 uint64_t mig_bitmap_next_set(const struct mig_bitmap *bitmap, uint64_t from);
 uint64_t mig_bitmap_next_clear(const struct mig_bitmap *bitmap, uint64_t from);
 uint64_t mig_bitmap_next_set_without(const struct mig_bitmap *bitmap, const struct mig_bitmap *without, uint64_t from);

@@ -314,6 +314,16 @@ bool mig_pager_is_complete(const struct mig_pager *pager)
            !__atomic_load_n(&pager->counters.missing_pages, __ATOMIC_ACQUIRE);
 }
 
+void mig_pager_missing_map(const struct mig_pager *pager, uint32_t cells, uint8_t *ret_shares)
+{
+    for (uint64_t cell = 0; cell < cells; cell++) {
+        const uint64_t first = cell * pager->missing.bits / cells;
+        const uint64_t count = (cell + 1) * pager->missing.bits / cells - first;
+        const uint64_t missing = mig_bitmap_count(&pager->missing, first, count);
+        ret_shares[cell] = !missing ? 0 : missing == count ? 255 : (uint8_t)(1 + missing * 253 / count);
+    }
+}
+
 const struct mig_pager_counters *mig_pager_counters(const struct mig_pager *pager)
 {
     return &pager->counters;

@@ -176,6 +176,12 @@ int mig_pager_wait_done(struct mig_pager *pager, uint64_t timeout_us);
 /** Read at any time, without a lock: each field is right by itself, and all together once no page is missing. */
 const struct mig_pager_counters *mig_pager_counters(const struct mig_pager *pager);
 
+/**
+ * Cut the region into `cells` equal parts, which must not be more than its pages, and write for each the share of its
+ * pages that is missing: 0 for none, 255 for all, and in proportion between. Read like the counters, without a lock.
+ */
+void mig_pager_missing_map(const struct mig_pager *pager, uint32_t cells, uint8_t *ret_shares);
+
 /** Move out up to max_records fault records, oldest first. Returns how many. */
 uint32_t mig_pager_drain_records(struct mig_pager *pager, struct mig_fault_record *records, uint32_t max_records);
 

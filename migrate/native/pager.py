@@ -281,6 +281,13 @@ class Pager:
         shared = lib.mig_pager_counters(self._pager)
         return PagerCounters(**{name: getattr(shared, name) for name in PagerCounters.__slots__})
 
+    def missing_map(self, cells_max: int) -> bytes:
+        """The region in equal parts, a byte each: the share of its pages that is missing, 0 for none to 255 for all."""
+        cells = min(cells_max, self.pages)
+        shares = ffi.new("uint8_t[]", cells)
+        lib.mig_pager_missing_map(self._pager, cells, shares)
+        return bytes(ffi.buffer(shares))
+
     def drain_records(self) -> "FaultBatch":
         """Take out the fault records gathered since the last call, oldest first."""
         drained = bytearray()

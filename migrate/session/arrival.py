@@ -19,6 +19,7 @@ from migrate.errors import (
 from migrate.native.pager import PagerStoppedError
 from migrate.session.backoff import between_tries
 from migrate.session.ledger import Ledger
+from migrate.session.live import MAP_CELLS
 from migrate.session.page_flow import PageFlow
 from migrate.session.ports import GuestPort, PeerOf, PeerPort
 from migrate.session.states import Event, State
@@ -32,6 +33,7 @@ _POLL_US = 100_000
 # Pages that flowed for so long were lost by something new.
 _STEADY_US = 2_000_000
 _LOOK_S = 0.1
+_RECENT_US = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,7 +294,7 @@ class Arrival:
         Raises:
             GuestGoneError: the guest process died.
         """
-        self._latencies.add(self._flow.drain_records())
+        self._latencies.add(self._flow.drain_records(), self._clock.now_us())
         self.observe_pages()
         statistics = twin.guest.statistics()
 
@@ -325,6 +327,14 @@ class Arrival:
             migration.bytes_on_wire = wire_bytes
 
         self._record.update(change)
+
+    def live_figures(self) -> types.LiveFigures | None:
+        """What those who watch want to know now; None while no page can be missing."""
+        missing_map = self._flow.missing_map(MAP_CELLS)
+        if not missing_map:
+            return None
+        recent = self._latencies.recent(self._clock.now_us() - _RECENT_US)
+        return types.LiveFigures(missing_map=missing_map, fault_latency_us=recent)
 
     def _note_final(self, migration: types.Migration) -> None:
         migration.fault_latency_us.CopyFrom(self._latencies.distribution())

@@ -181,6 +181,7 @@ class Attempt:
             out.exports,
             out.clock,
             out.terms,
+            self._record.live,
         )
         with self._calling():
             self._precopy.begin()

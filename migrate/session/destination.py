@@ -129,6 +129,7 @@ class DestinationSession:
             self._on_fetch_failure,
         )
         self._arrival = Arrival(self._ledger, self._flow, self._link, clock, is_taken_up=self._is_taken_up)
+        self.record.live.gather_by(self._arrival.live_figures)
 
     # ---- called by the source ----
 

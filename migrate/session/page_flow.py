@@ -138,6 +138,11 @@ class PageFlow:
         with self.using() as pager:
             return None if pager is None else pager.counters()
 
+    def missing_map(self, cells_max: int) -> bytes:
+        """Where pages are missing (Pager.missing_map); empty if there is no pager."""
+        with self.using() as pager:
+            return b"" if pager is None else pager.missing_map(cells_max)
+
     def drain_records(self) -> FaultBatch:
         """Faults that were served since the last call."""
         with self.using() as pager:

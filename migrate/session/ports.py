@@ -83,8 +83,11 @@ class PeerPort(Protocol):
         """Hand over the state; returns when the guest runs there."""
         ...
 
-    def get_incoming(self, migration_id: str, await_complete_us: int = 0) -> types.Migration:
-        """The migration as the destination sees it, at once, or when no page is missing or the time is over."""
+    def get_incoming(self, migration_id: str, await_complete_us: int = 0, *, live: bool = False) -> types.Migration:
+        """The migration as the destination sees it, at once, or when no page is missing or the time is over.
+
+        With `live`, it has what those who watch want to know.
+        """
         ...
 
     def complete(self, request: transfer.CompleteRequest) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from migrate.errors import AttemptLostError, ChannelError, MigrateError, MigrationAbortedError, error_class
 from migrate.native.exports import Exports
 from migrate.session.convergence import Next, Round, Terms, next_step
+from migrate.session.live import Live
 from migrate.session.ports import GuestPort, PeerPort
 from migrate.telemetry.clock import Clock
 from migrate.units import pages_to_bytes
@@ -45,6 +46,7 @@ class Precopy:
         exports: Where its pages are published, under the same id.
         clock: Times the rounds.
         terms: What the operator asked for.
+        live: Of the migration.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Precopy:
         exports: Exports,
         clock: Clock,
         terms: Terms,
+        live: Live,
     ) -> None:
         self._migration_id = migration_id
         self._attempt = attempt
@@ -66,6 +69,7 @@ class Precopy:
         self._exports = exports
         self._clock = clock
         self._terms = terms
+        self._live = live
         self._defers = terms.mode == types.MIGRATION_MODE_HYBRID
         self._told: dict[int, bytes] = {}  # where pages stay in the log: each block of it, as it was told last
         self._log_memfd: int | None = None
@@ -202,7 +206,7 @@ class Precopy:
         await_us = _AWAIT_LOOKING_US if self._defers else _AWAIT_US
         while not is_forced():
             try:
-                incoming = self._peer.get_incoming(self._migration_id, await_us)
+                incoming = self._peer.get_incoming(self._migration_id, await_us, live=self._live.is_watched)
             except ChannelError as error:
                 if self._clock.now_us() - heard_us > self._peer_timeout_us:
                     raise AttemptLostError(f"the destination was lost in precopy: {error.message}") from error
@@ -211,6 +215,7 @@ class Precopy:
             heard_us = self._clock.now_us()
             if incoming.state in (types.MIGRATION_STATE_FAILED, types.MIGRATION_STATE_CANCELLED):
                 raise gave_up(incoming)
+            self._live.hand_on(incoming)
             on_incoming(incoming)
             # Pages, not bytes of the wire: they may be compressed there. Zeros cost nothing, and tell nothing.
             self._measure(incoming.pages.precopy - self._kept_pages, heard_us - begun_us)

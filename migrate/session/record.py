@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from migrate.error_info import error_info, wire_holder
 from migrate.errors import LOST_REMEDY, GuestBusyError, GuestHolder, GuestLostError, MigrateError
+from migrate.session.live import Live
 from migrate.session.states import Event, Machine, Side, State
 from migrate.telemetry.clock import Clock
 from migrate.units import PAGE_SIZE_BYTES
@@ -31,6 +32,7 @@ class MigrationRecord:
         self._has_final_times = False
         self._foreseen_us: int | None = None
         self._version = 0
+        self.live = Live()
         self.lock = threading.RLock()
         self._changed = threading.Condition(self.lock)
         migration.side = types.MigrationSide.ValueType(machine.side.value)

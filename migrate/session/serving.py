@@ -170,7 +170,7 @@ class Serving:
             MigrateError: it does not say.
         """
         self._link.announce()
-        incoming = self._link.peer.get_incoming(self._record.migration_id)
+        incoming = self._link.peer.get_incoming(self._record.migration_id, live=self._record.live.is_watched)
         self._link.note_heard()
         self._follow(incoming)
 
@@ -178,6 +178,7 @@ class Serving:
         with self._record.lock:
             if self._record.is_final:
                 return
+            self._record.live.hand_on(incoming)
             self._record.update(lambda migration: figures.merge(migration, incoming))
             if incoming.state == types.MIGRATION_STATE_FAILED:
                 self._follow_failure(incoming)

@@ -179,15 +179,19 @@ class WatchMigrationRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     MIGRATION_ID_FIELD_NUMBER: _builtins.int
+    LIVE_FIELD_NUMBER: _builtins.int
     migration_id: _builtins.str
+    live: _builtins.bool
+    """Whether the answers shall have `live`."""
     def __init__(
         self,
         *,
         migration_id: _builtins.str = ...,
+        live: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["migration_id", b"migration_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["live", b"live", "migration_id", b"migration_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

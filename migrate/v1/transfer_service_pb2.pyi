@@ -265,18 +265,22 @@ class GetIncomingRequest(_message.Message):
 
     MIGRATION_ID_FIELD_NUMBER: _builtins.int
     AWAIT_COMPLETE_US_FIELD_NUMBER: _builtins.int
+    LIVE_FIELD_NUMBER: _builtins.int
     migration_id: _builtins.str
     await_complete_us: _builtins.int
     """Answer when no page is missing, or after this time."""
+    live: _builtins.bool
+    """Whether the answer shall have `live`, for somebody watches at the source."""
     def __init__(
         self,
         *,
         migration_id: _builtins.str = ...,
         await_complete_us: _builtins.int = ...,
+        live: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["await_complete_us", b"await_complete_us", "migration_id", b"migration_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["await_complete_us", b"await_complete_us", "live", b"live", "migration_id", b"migration_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -753,6 +753,36 @@ class PageCounts(_message.Message):
 Global___PageCounts: _TypeAlias = PageCounts  # noqa: Y015
 
 @_typing.final
+class LiveFigures(_message.Message):
+    """What those who watch a migration want to know at once, which costs the others nothing."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MISSING_MAP_FIELD_NUMBER: _builtins.int
+    FAULT_LATENCY_US_FIELD_NUMBER: _builtins.int
+    missing_map: _builtins.bytes
+    """RAM in equal parts, at most 256, ascending, a byte each: 0 if no page of it is missing, 255 if all are, and in
+    proportion between.
+    """
+    @_builtins.property
+    def fault_latency_us(self) -> Global___Distribution:
+        """Kernel event read to page placed, of the faults that were served within the last second."""
+
+    def __init__(
+        self,
+        *,
+        missing_map: _builtins.bytes = ...,
+        fault_latency_us: Global___Distribution | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["fault_latency_us", b"fault_latency_us"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fault_latency_us", b"fault_latency_us", "missing_map", b"missing_map"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LiveFigures: _TypeAlias = LiveFigures  # noqa: Y015
+
+@_typing.final
 class Migration(_message.Message):
     """A migration as one daemon sees it. On the source, figures of the destination arrive with GetIncoming and Complete."""
 
@@ -789,6 +819,7 @@ class Migration(_message.Message):
     DEFERRED_PAGES_FIELD_NUMBER: _builtins.int
     ATTEMPT_FIELD_NUMBER: _builtins.int
     RECOVERIES_FIELD_NUMBER: _builtins.int
+    LIVE_FIELD_NUMBER: _builtins.int
     migration_id: _builtins.str
     side: Global___MigrationSide.ValueType
     guest: _builtins.str
@@ -834,6 +865,10 @@ class Migration(_message.Message):
     def guest_stall_us(self) -> Global___Distribution: ...
     @_builtins.property
     def error(self) -> Global___ErrorInfo: ...
+    @_builtins.property
+    def live(self) -> Global___LiveFigures:
+        """Only in answers to those who asked for it, and only once the destination has pages."""
+
     def __init__(
         self,
         *,
@@ -868,10 +903,11 @@ class Migration(_message.Message):
         deferred_pages: _builtins.int = ...,
         attempt: _builtins.int = ...,
         recoveries: _builtins.int = ...,
+        live: Global___LiveFigures | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "fault_latency_us", b"fault_latency_us", "guest_stall_us", b"guest_stall_us", "pages", b"pages"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "fault_latency_us", b"fault_latency_us", "guest_stall_us", b"guest_stall_us", "live", b"live", "pages", b"pages"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "bytes_on_wire", b"bytes_on_wire", "compression", b"compression", "deferred_pages", b"deferred_pages", "downtime_us", b"downtime_us", "error", b"error", "fault_latency_us", b"fault_latency_us", "generation", b"generation", "guest", b"guest", "guest_errors", b"guest_errors", "guest_kind", b"guest_kind", "guest_stall_us", b"guest_stall_us", "guest_touches", b"guest_touches", "guest_touches_at_switchover", b"guest_touches_at_switchover", "holder", b"holder", "memory_bytes", b"memory_bytes", "migration_id", b"migration_id", "mode", b"mode", "order", b"order", "page_size_bytes", b"page_size_bytes", "pages", b"pages", "peer", b"peer", "postcopy_us", b"postcopy_us", "precopy_us", b"precopy_us", "recoveries", b"recoveries", "side", b"side", "state", b"state", "total_us", b"total_us", "transport", b"transport", "vcpus", b"vcpus", "verified_pages", b"verified_pages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "bytes_on_wire", b"bytes_on_wire", "compression", b"compression", "deferred_pages", b"deferred_pages", "downtime_us", b"downtime_us", "error", b"error", "fault_latency_us", b"fault_latency_us", "generation", b"generation", "guest", b"guest", "guest_errors", b"guest_errors", "guest_kind", b"guest_kind", "guest_stall_us", b"guest_stall_us", "guest_touches", b"guest_touches", "guest_touches_at_switchover", b"guest_touches_at_switchover", "holder", b"holder", "live", b"live", "memory_bytes", b"memory_bytes", "migration_id", b"migration_id", "mode", b"mode", "order", b"order", "page_size_bytes", b"page_size_bytes", "pages", b"pages", "peer", b"peer", "postcopy_us", b"postcopy_us", "precopy_us", b"precopy_us", "recoveries", b"recoveries", "side", b"side", "state", b"state", "total_us", b"total_us", "transport", b"transport", "vcpus", b"vcpus", "verified_pages", b"verified_pages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

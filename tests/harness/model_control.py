@@ -145,9 +145,9 @@ class ModelPeer:
         request = _copy(request)
         return self._control.call("switch_over", lambda: self._registry_of().switch_over(request), request)
 
-    def get_incoming(self, migration_id, await_complete_us=0):
+    def get_incoming(self, migration_id, await_complete_us=0, *, live=False):
         found = self._control.call(
-            "get_incoming", lambda: self._registry_of().incoming(migration_id, await_complete_us)
+            "get_incoming", lambda: self._registry_of().incoming(migration_id, await_complete_us, live=live)
         )
         return types.Migration.FromString(found.SerializeToString())
 

@@ -39,6 +39,11 @@ class BitmapMachine(RuleBasedStateMachine):
         assert lib.mig_bitmap_next_set(self.bitmap, start) == expected_set
         assert lib.mig_bitmap_next_clear(self.bitmap, start) == expected_clear
 
+    @rule(data=st.data())
+    def count(self, data):
+        first, count = self.draw_range(data)
+        assert lib.mig_bitmap_count(self.bitmap, first, count) == len(self.model & set(range(first, first + count)))
+
     def draw_range(self, data):
         first = data.draw(st.integers(0, self.bits - 1))
         return first, data.draw(st.integers(0, self.bits - first))

@@ -207,3 +207,23 @@ def test_fault_storm_of_many_threads_is_settled(toucher, pager):
     results = dict(toucher.result() for _ in range(PAGES))
     assert results == {page: sha256(page_of(page)) for page in range(PAGES)}
     assert pager.counters().urgent_pages == PAGES
+
+
+def test_the_map_has_a_byte_for_each_part_of_ram(pager):
+    assert pager.missing_map(4) == bytes([255] * 4)
+
+    pager.place_data(0, 16, bytes(range(1, 17)) * PAGE, PageKind.BACKGROUND, None)
+    pager.place_zero(16, 8)
+    pager.place_zero(63, 1)
+
+    assert pager.missing_map(4) == bytes([0, 127, 255, 1 + 15 * 253 // 16])
+    assert pager.missing_map(256) == bytes([0] * 24 + [255] * 39 + [0])
+
+
+@pytest.mark.parametrize("cells", [1, 3, 7, 63])
+def test_the_map_covers_every_page_once(pager, cells):
+    """Also where pages do not divide evenly."""
+    pager.place_zero(0, PAGES - 1)
+    assert [share > 0 for share in pager.missing_map(cells)] == [False] * (cells - 1) + [True]
+    pager.place_zero(PAGES - 1, 1)
+    assert pager.missing_map(cells) == bytes(cells)
