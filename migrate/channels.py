@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import grpc
+import grpc.aio
 
 if TYPE_CHECKING:  # cryptography takes a while to load, and only TLS needs it
     from migrate.tls import TlsMaterial
@@ -16,6 +17,15 @@ def open_channel(address: str, credentials: grpc.ChannelCredentials | None, opti
     if credentials is None:
         return grpc.insecure_channel(address, options=options)
     return grpc.secure_channel(address, credentials, options=options)
+
+
+def open_aio_channel(
+    address: str, credentials: grpc.ChannelCredentials | None, options: ChannelOptions
+) -> grpc.aio.Channel:
+    """The same for asyncio, where an event loop runs."""
+    if credentials is None:
+        return grpc.aio.insecure_channel(address, options=options)
+    return grpc.aio.secure_channel(address, credentials, options=options)
 
 
 def channel_credentials(material: "TlsMaterial") -> grpc.ChannelCredentials:

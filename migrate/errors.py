@@ -186,6 +186,10 @@ class PeerNotTrustedError(ChannelError):
     grpc_status = "UNAUTHENTICATED"
 
 
+class DaemonLostError(ChannelError):
+    """The daemon that was called does not answer, or the connection broke: what became of the call is not known."""
+
+
 class GuestGoneError(ChannelError):
     """The guest process closed its socket: it is dead."""
 
@@ -228,6 +232,10 @@ class PostcopyPausedError(MigrateError):
 
     grpc_status = "UNAVAILABLE"
     default_holder = GuestHolder.SPLIT
+
+
+class CallFailedError(MigrateError):
+    """A call failed, or what was waited for did not come, for a reason that no other class of these names."""
 
 
 LOST_REMEDY = "restore the guest from a backup"

@@ -12,7 +12,7 @@ from typing import Any, Never, Unpack
 
 import click
 
-from migrate.cli.client import AUDIT_DEADLINE_S, CallFailedError, Daemon, connect
+from migrate.cli.client import connect
 from migrate.cli.demo_linux import LinuxGuest
 from migrate.cli.local_daemon import GuestProcesses, LocalDaemon
 from migrate.cli.migration import EXIT_INTERRUPTED, finish, follow
@@ -22,17 +22,18 @@ from migrate.cli.params import (
     GuestOptions,
     MigrationOptions,
     guest_options,
-    guest_spec,
+    guest_terms,
     json_option,
     migration_options,
-    start_request,
+    migration_terms,
 )
 from migrate.cli.progress import Reporter, progress_reporter
-from migrate.cli.render import EXIT_FAILED, migration_detail, migration_json, pages_present, print_json, stdout_console
-from migrate.errors import MigrateError
+from migrate.cli.render import EXIT_FAILED, migration_detail, migration_json, print_json, stdout_console
+from migrate.client import Client, pages_present
+from migrate.errors import CallFailedError, MigrateError
 from migrate.guest.probe import KVM, PROCESS, QEMU, Check, HostCapabilities, probe_host
 from migrate.units import format_bytes
-from migrate.v1 import guest_service_pb2, types_pb2
+from migrate.v1 import types_pb2
 
 AUTO = "auto"
 EXIT_TERMINATED = 128 + signal.SIGTERM
@@ -116,8 +117,8 @@ def _run(name: str, options: _DemoOptions) -> types_pb2.Migration:
         source = stack.enter_context(connect(DaemonAt(daemons[0].address)))
         destination = stack.enter_context(connect(DaemonAt(daemons[1].address)))
         try:
-            with progress_reporter() as reporter:
-                return _migrate(source, destination, guest_spec(name, options), options, reporter, processes, linux)
+            with progress_reporter(source.address) as reporter:
+                return _migrate(source, destination, name, options, reporter, processes, linux)
         except MigrateError:
             for daemon in daemons:
                 _echo_log(daemon)
@@ -126,24 +127,21 @@ def _run(name: str, options: _DemoOptions) -> types_pb2.Migration:
 
 
 def _migrate(
-    source: Daemon,
-    destination: Daemon,
-    spec: types_pb2.GuestSpec,
+    source: Client,
+    destination: Client,
+    name: str,
     options: _DemoOptions,
     reporter: Reporter,
     processes: GuestProcesses,
     linux: LinuxGuest | None,
 ) -> types_pb2.Migration:
-    if linux is not None:
-        linux.complete(spec)
-    created = source.call(source.guests.CreateGuest, guest_service_pb2.CreateGuestRequest(spec=spec)).guest
-    processes.add(created.pid)
+    qemu_options = linux.qemu_options(options["memory"]) if linux is not None else []
+    processes.add(source.guests.create(name, **guest_terms(options, qemu_options)).pid)
     if linux is not None:
         linux.await_ready(reporter)
     else:
-        _await_running(source, spec.name, reporter)
-    request = start_request(spec.name, destination.address, options)
-    migration_id = source.call(source.migrations.StartMigration, request).migration_id
+        _await_running(source, name, reporter)
+    migration_id = source.migrations.start(name, destination.address, **migration_terms(options))
     # No other daemon takes the place of one of ours that dies.
     migration = follow(source, migration_id, reporter, away_s=0)
     if migration.state != types_pb2.MIGRATION_STATE_COMPLETED:
@@ -152,36 +150,32 @@ def _migrate(
         migration.guest_errors = len(linux.check(reporter))
         return migration
     reporter.report("auditing", 0, 0, "the guest compares every page")
-    statistics = _audit(destination, spec.name, migration.guest_touches_at_switchover)
+    statistics = _audit(destination, name, migration.guest_touches_at_switchover)
     migration.guest_touches = statistics.touches
     migration.guest_errors = statistics.errors
     migration.guest_stall_us.CopyFrom(statistics.stall_us)
     return migration
 
 
-def _await_running(source: Daemon, name: str, reporter: Reporter) -> None:
+def _await_running(source: Client, name: str, reporter: Reporter) -> None:
     """Wait until the guest has stamped its working set."""
 
     def is_running() -> bool:
-        guest = source.call(source.guests.GetGuest, guest_service_pb2.GetGuestRequest(name=name)).guest
+        guest = source.guests.get(name)
         reporter.report("populating", guest.resident_bytes, guest.spec.memory_bytes)
         return bool(guest.state == types_pb2.GUEST_STATE_RUNNING)
 
     _await(is_running, _POPULATE_DEADLINE_S, "the guest has not stamped its working set")
 
 
-def _audit(destination: Daemon, name: str, touches_at_switchover: int) -> types_pb2.GuestStatistics:
+def _audit(destination: Client, name: str, touches_at_switchover: int) -> types_pb2.GuestStatistics:
     """Wait until the guest has worked at the destination, then have it compare every page."""
 
     def has_moved_on() -> bool:
-        watch = guest_service_pb2.WatchGuestStatisticsRequest(name=name, interval_us=0)
-        response = destination.first(destination.guests.WatchGuestStatistics, watch)
-        return bool(response.statistics.touches > touches_at_switchover)
+        return bool(destination.guests.statistics(name).touches > touches_at_switchover)
 
     _await(has_moved_on, _TOUCH_DEADLINE_S, "the guest does not run on at the destination")
-    request = guest_service_pb2.AuditGuestRequest(name=name)
-    audited = destination.call(destination.guests.AuditGuest, request, deadline_s=AUDIT_DEADLINE_S)
-    return audited.statistics
+    return destination.guests.audit(name)
 
 
 def _await(condition: Callable[[], bool], deadline_s: float, otherwise: str) -> None:
@@ -205,13 +199,12 @@ def _stop_all(daemons: list[LocalDaemon], processes: GuestProcesses) -> None:
 
 def _delete_guests(daemon: LocalDaemon, processes: GuestProcesses) -> None:
     try:
-        with connect(DaemonAt(daemon.address)) as remote:
-            guests = remote.call(remote.guests.ListGuests, guest_service_pb2.ListGuestsRequest()).guests
+        with connect(DaemonAt(daemon.address)) as client:
+            guests = client.guests.list()
             for guest in guests:
                 processes.add(guest.pid)
             for guest in guests:
-                request = guest_service_pb2.DeleteGuestRequest(name=guest.spec.name)
-                remote.call(remote.guests.DeleteGuest, request)
+                client.guests.delete(guest.spec.name)
     except MigrateError:
         # A guest in the middle of a migration cannot be deleted; its process is ended after the daemons.
         return

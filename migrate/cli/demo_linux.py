@@ -9,11 +9,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from migrate.cli.client import CallFailedError
 from migrate.cli.progress import Reporter
-from migrate.errors import ConfigError
+from migrate.errors import CallFailedError, ConfigError
 from migrate.units import format_bytes
-from migrate.v1 import types_pb2
 
 MEMORY_MIN_BYTES = 256 << 20
 # What the kernel and its file system need besides the data.
@@ -61,24 +59,22 @@ class LinuxGuest:
         """What a daemon needs to take it in."""
         return [word for directory in (self.image_dir, self._base_dir) for word in ("--qemu-dir", str(directory))]
 
-    def complete(self, spec: types_pb2.GuestSpec) -> None:
-        """Add QEMU's options to a spec.
+    def qemu_options(self, memory_bytes: int) -> list[str]:
+        """What is told to QEMU, for so much RAM.
 
         Raises:
             ConfigError: it has too little memory.
         """
-        if spec.memory_bytes < MEMORY_MIN_BYTES:
+        if memory_bytes < MEMORY_MIN_BYTES:
             raise ConfigError(f"the Linux guest needs {format_bytes(MEMORY_MIN_BYTES)}")
-        data_mib = (spec.memory_bytes >> 20) - _OVERHEAD_MIB
+        data_mib = (memory_bytes >> 20) - _OVERHEAD_MIB
         kernel = f"console=ttyS0 loglevel=5 nokaslr mitigations=off init_on_alloc=0 migrate.data_mib={data_mib}"
-        spec.qemu.options.extend(
-            [
-                *("-nodefaults", "-no-user-config", "-display", "none", "-accel", "tcg,thread=multi", "-cpu", "qemu64"),
-                *("-kernel", str(self.image_dir / "vmlinuz"), "-initrd", str(self.image_dir / "initramfs.cpio.gz")),
-                *("-append", kernel, "-chardev", f"file,id=console,path={self._console},append=on"),
-                *("-serial", "chardev:console", "-chardev", "null,id=port", "-serial", "chardev:port"),
-            ]
-        )
+        return [
+            *("-nodefaults", "-no-user-config", "-display", "none", "-accel", "tcg,thread=multi", "-cpu", "qemu64"),
+            *("-kernel", str(self.image_dir / "vmlinuz"), "-initrd", str(self.image_dir / "initramfs.cpio.gz")),
+            *("-append", kernel, "-chardev", f"file,id=console,path={self._console},append=on"),
+            *("-serial", "chardev:console", "-chardev", "null,id=port", "-serial", "chardev:port"),
+        ]
 
     def await_ready(self, reporter: Reporter) -> None:
         """Wait until it has booted, has its data, and has compared it once.

@@ -5,19 +5,27 @@ from typing import Unpack
 
 import click
 
-from migrate.cli.client import AUDIT_DEADLINE_S, connect
-from migrate.cli.params import GUEST_NAME, DaemonAt, GuestOptions, daemon_option, guest_options, guest_spec, json_option
+from migrate.cli.client import connect
+from migrate.cli.params import (
+    GUEST_NAME,
+    DaemonAt,
+    GuestOptions,
+    daemon_option,
+    guest_options,
+    guest_terms,
+    json_option,
+)
 from migrate.cli.render import (
     guest_detail,
     guest_json,
-    guest_state_word,
     guest_table,
     print_json,
     statistics_detail,
     statistics_json,
     stdout_console,
 )
-from migrate.v1 import guest_service_pb2, types_pb2
+from migrate.client import guest_state_word
+from migrate.v1 import types_pb2
 
 _name_argument = click.argument("name", type=GUEST_NAME)
 
@@ -40,10 +48,9 @@ def create(name: str, qemu_options: tuple[str, ...], daemon: DaemonAt, **options
     """
     if qemu_options and options["kind"] != "qemu":
         raise click.UsageError("options of QEMU are for --kind qemu")
-    spec = guest_spec(name, options)
-    if qemu_options:
-        spec.qemu.options.extend(qemu_options)
-    _create(daemon, spec, "created")
+    with connect(daemon) as client:
+        created = client.guests.create(name, **guest_terms(options, qemu_options))
+    _echo_made(created, "created")
 
 
 @guest.command()
@@ -58,20 +65,16 @@ def attach(name: str, qmp: str | None, socket: str | None, daemon: DaemonAt) -> 
     """
     if (qmp is None) == (socket is None):
         raise click.UsageError("give either --qmp or --socket")
-    if qmp is not None:
-        qemu = types_pb2.QemuSpec(qmp_socket=str(Path(qmp).absolute()))
-        spec = types_pb2.GuestSpec(name=name, kind=types_pb2.GUEST_KIND_QEMU, qemu=qemu)
-    else:
-        process = types_pb2.ProcessSpec(socket=str(Path(str(socket)).absolute()))
-        spec = types_pb2.GuestSpec(name=name, kind=types_pb2.GUEST_KIND_PROCESS, process=process)
-    _create(daemon, spec, "taken over")
+    with connect(daemon) as client:
+        if qmp is not None:
+            taken_over = client.guests.attach(name, qmp_socket=str(Path(qmp).absolute()))
+        else:
+            taken_over = client.guests.attach(name, program_socket=str(Path(str(socket)).absolute()))
+    _echo_made(taken_over, "taken over")
 
 
-def _create(daemon: DaemonAt, spec: types_pb2.GuestSpec, verb: str) -> None:
-    with connect(daemon) as remote:
-        request = guest_service_pb2.CreateGuestRequest(spec=spec)
-        created = remote.call(remote.guests.CreateGuest, request).guest
-    click.echo(f"guest {created.spec.name} {verb}, {guest_state_word(created.state)}, pid {created.pid}")
+def _echo_made(made: types_pb2.Guest, verb: str) -> None:
+    click.echo(f"guest {made.spec.name} {verb}, {guest_state_word(made.state)}, pid {made.pid}")
 
 
 @guest.command("list")
@@ -79,8 +82,8 @@ def _create(daemon: DaemonAt, spec: types_pb2.GuestSpec, verb: str) -> None:
 @json_option
 def list_guests(daemon: DaemonAt, as_json: bool) -> None:
     """List the guests of a daemon, by name."""
-    with connect(daemon) as remote:
-        guests = remote.call(remote.guests.ListGuests, guest_service_pb2.ListGuestsRequest()).guests
+    with connect(daemon) as client:
+        guests = client.guests.list()
     if as_json:
         print_json([guest_json(item) for item in guests])
     else:
@@ -93,8 +96,8 @@ def list_guests(daemon: DaemonAt, as_json: bool) -> None:
 @json_option
 def show(name: str, daemon: DaemonAt, as_json: bool) -> None:
     """Show guest NAME."""
-    with connect(daemon) as remote:
-        found = remote.call(remote.guests.GetGuest, guest_service_pb2.GetGuestRequest(name=name)).guest
+    with connect(daemon) as client:
+        found = client.guests.get(name)
     if as_json:
         print_json(guest_json(found))
     else:
@@ -108,13 +111,8 @@ def show(name: str, daemon: DaemonAt, as_json: bool) -> None:
 @json_option
 def stats(name: str, audit: bool, daemon: DaemonAt, as_json: bool) -> None:
     """Show what guest NAME has counted and timed."""
-    with connect(daemon) as remote:
-        if audit:
-            request = guest_service_pb2.AuditGuestRequest(name=name)
-            statistics = remote.call(remote.guests.AuditGuest, request, deadline_s=AUDIT_DEADLINE_S).statistics
-        else:
-            watch = guest_service_pb2.WatchGuestStatisticsRequest(name=name, interval_us=0)
-            statistics = remote.first(remote.guests.WatchGuestStatistics, watch).statistics
+    with connect(daemon) as client:
+        statistics = client.guests.audit(name) if audit else client.guests.statistics(name)
     if as_json:
         print_json(statistics_json(statistics))
     else:
@@ -126,8 +124,8 @@ def stats(name: str, audit: bool, daemon: DaemonAt, as_json: bool) -> None:
 @daemon_option
 def pause(name: str, daemon: DaemonAt) -> None:
     """Pause the vCPUs of guest NAME."""
-    with connect(daemon) as remote:
-        remote.call(remote.guests.PauseGuest, guest_service_pb2.PauseGuestRequest(name=name))
+    with connect(daemon) as client:
+        client.guests.pause(name)
     click.echo(f"guest {name} paused")
 
 
@@ -136,8 +134,8 @@ def pause(name: str, daemon: DaemonAt) -> None:
 @daemon_option
 def resume(name: str, daemon: DaemonAt) -> None:
     """Let the vCPUs of guest NAME run again."""
-    with connect(daemon) as remote:
-        remote.call(remote.guests.ResumeGuest, guest_service_pb2.ResumeGuestRequest(name=name))
+    with connect(daemon) as client:
+        client.guests.resume(name)
     click.echo(f"guest {name} resumed")
 
 
@@ -146,6 +144,6 @@ def resume(name: str, daemon: DaemonAt) -> None:
 @daemon_option
 def delete(name: str, daemon: DaemonAt) -> None:
     """End guest NAME and free its RAM."""
-    with connect(daemon) as remote:
-        remote.call(remote.guests.DeleteGuest, guest_service_pb2.DeleteGuestRequest(name=name))
+    with connect(daemon) as client:
+        client.guests.delete(name)
     click.echo(f"guest {name} deleted")

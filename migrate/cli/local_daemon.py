@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from migrate.cli.client import CallFailedError
+from migrate.errors import CallFailedError
 
 READY_DEADLINE_S = 20.0
 STOP_DEADLINE_S = 10.0

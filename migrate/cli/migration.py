@@ -1,14 +1,13 @@
 """`migrate start`, `status`, `list`, `switchover`, `cancel` and `recover`."""
 
 import sys
-import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager, nullcontext
 from typing import Unpack
 
 import click
 
-from migrate.cli.client import CallFailedError, Daemon, connect, error_from_info
+from migrate.cli.client import command_for, connect
 from migrate.cli.params import (
     ENDPOINT,
     GUEST_NAME,
@@ -17,9 +16,9 @@ from migrate.cli.params import (
     daemon_option,
     json_option,
     migration_options,
-    start_request,
+    migration_terms,
 )
-from migrate.cli.progress import Reporter, progress_reporter, report_migration
+from migrate.cli.progress import JsonReporter, Reporter, progress_reporter
 from migrate.cli.render import (
     EXIT_FAILED,
     EXIT_PAUSED,
@@ -30,23 +29,16 @@ from migrate.cli.render import (
     print_json,
     stdout_console,
 )
-from migrate.errors import ChannelError
-from migrate.v1 import migration_service_pb2, types_pb2
+from migrate.client import Client
+from migrate.client.calls import AWAY_S
+from migrate.client.connection import error_from_info
+from migrate.errors import CallFailedError
+from migrate.v1 import types_pb2
 
 # What a shell reports of a command that an interrupt ended.
 EXIT_INTERRUPTED = 130
-_CANCEL_DEADLINE_S = 90.0
-_RECOVER_DEADLINE_S = 120.0
-# A daemon that is started again takes up its migrations; whoever follows one waits for that.
-DAEMON_AWAY_S = 30.0
-_LOOK_S = 0.2
-
-_SETTLED = {
-    types_pb2.MIGRATION_STATE_COMPLETED,
-    types_pb2.MIGRATION_STATE_CANCELLED,
-    types_pb2.MIGRATION_STATE_FAILED,
-    types_pb2.MIGRATION_STATE_POSTCOPY_PAUSED,
-}
+DAEMON_AWAY_S = AWAY_S
+_HINT = "Ctrl-C detaches; the migration goes on"
 
 
 @click.command()
@@ -63,23 +55,16 @@ def start(
 
     Interrupting this command does not interrupt the migration.
     """
-    with connect(daemon) as remote:
-        request = start_request(name, to, options)
-        migration_id = remote.call(remote.migrations.StartMigration, request).migration_id
+    with connect(daemon) as client:
+        migration_id = client.migrations.start(name, to, **migration_terms(options))
         if detach:
             if as_json:
                 print_json({"migration_id": migration_id})
             else:
                 click.echo(migration_id)
             return
-        try:
-            with progress_reporter() as reporter:
-                final = follow(remote, migration_id, reporter, away_s=DAEMON_AWAY_S)
-        except KeyboardInterrupt:
-            click.echo(
-                f"migrate: detached; migration {migration_id} goes on: `migrate status {migration_id}`", err=True
-            )
-            sys.exit(EXIT_INTERRUPTED)
+        with _detaching(daemon, migration_id), progress_reporter(daemon.address, _HINT) as reporter:
+            final = follow(client, migration_id, reporter, away_s=DAEMON_AWAY_S)
     if as_json:
         print_json(migration_json(final))
     else:
@@ -89,19 +74,21 @@ def start(
 
 @click.command()
 @click.argument("migration", required=False)
+@click.option("--watch", is_flag=True, help="Follow it to its end, through pauses, too.")
 @daemon_option
 @json_option
-def status(migration: str | None, daemon: DaemonAt, as_json: bool) -> None:
+def status(migration: str | None, watch: bool, daemon: DaemonAt, as_json: bool) -> None:
     """Show MIGRATION, or the daemon's latest one.
 
-    Exits with 0 if the migration could be read, whatever became of it.
+    Exits with 0 if the migration could be read, whatever became of it. Interrupting --watch does not interrupt the
+    migration; with --json, it prints a line at each change of state, and once a second.
     """
-    with connect(daemon) as remote:
-        if migration is None:
-            found = _latest(remote)
-        else:
-            request = migration_service_pb2.GetMigrationRequest(migration_id=migration)
-            found = remote.call(remote.migrations.GetMigration, request).migration
+    with connect(daemon) as client:
+        found = _latest(client) if migration is None else client.migrations.get(migration)
+        if watch:
+            watching = nullcontext(JsonReporter()) if as_json else progress_reporter(daemon.address, _HINT)
+            with _detaching(daemon, found.migration_id), watching as reporter:
+                found = follow(client, found.migration_id, reporter, away_s=DAEMON_AWAY_S, through_pauses=True)
     if as_json:
         print_json(migration_status_json(found))
     else:
@@ -113,10 +100,8 @@ def status(migration: str | None, daemon: DaemonAt, as_json: bool) -> None:
 @daemon_option
 def switchover(migration: str | None, daemon: DaemonAt) -> None:
     """Have MIGRATION, or the daemon's latest one, switch over now: what is missing follows by postcopy."""
-    with connect(daemon) as remote:
-        migration_id = migration or _latest(remote).migration_id
-        request = migration_service_pb2.StartSwitchoverRequest(migration_id=migration_id)
-        remote.call(remote.migrations.StartSwitchover, request)
+    with connect(daemon) as client:
+        client.migrations.switchover(migration or _latest(client).migration_id)
 
 
 @click.command()
@@ -128,10 +113,8 @@ def cancel(migration: str | None, daemon: DaemonAt, as_json: bool) -> None:
 
     Possible until the vCPUs are told to stop for the switchover.
     """
-    with connect(daemon) as remote:
-        migration_id = migration or _latest(remote).migration_id
-        request = migration_service_pb2.CancelMigrationRequest(migration_id=migration_id)
-        cancelled = remote.call(remote.migrations.CancelMigration, request, deadline_s=_CANCEL_DEADLINE_S).migration
+    with connect(daemon) as client:
+        cancelled = client.migrations.cancel(migration or _latest(client).migration_id)
     if as_json:
         print_json(migration_status_json(cancelled))
     else:
@@ -149,10 +132,8 @@ def recover(migration: str | None, to: str | None, daemon: DaemonAt, as_json: bo
     Both daemons try by themselves all the time, with pauses; this is for impatience, and for a peer that has come back
     at another address. Exits with 3 if pages do not flow yet.
     """
-    with connect(daemon) as remote:
-        migration_id = migration or _latest(remote).migration_id
-        request = migration_service_pb2.RecoverMigrationRequest(migration_id=migration_id, to=to or "")
-        found = remote.call(remote.migrations.RecoverMigration, request, deadline_s=_RECOVER_DEADLINE_S).migration
+    with connect(daemon) as client:
+        found = client.migrations.recover(migration or _latest(client).migration_id, to)
     if as_json:
         print_json(migration_status_json(found))
     else:
@@ -166,46 +147,40 @@ def recover(migration: str | None, to: str | None, daemon: DaemonAt, as_json: bo
 @json_option
 def list_migrations(daemon: DaemonAt, as_json: bool) -> None:
     """List the migrations that a daemon knows of, in order of their start."""
-    with connect(daemon) as remote:
-        migrations = _list(remote)
+    with connect(daemon) as client:
+        migrations = client.migrations.list()
     if as_json:
         print_json([migration_status_json(item) for item in migrations])
     else:
         stdout_console().print(migration_table(migrations))
 
 
-def follow(remote: Daemon, migration_id: str, reporter: Reporter, *, away_s: float) -> types_pb2.Migration:
+def follow(
+    client: Client, migration_id: str, reporter: Reporter, *, away_s: float, through_pauses: bool = False
+) -> types_pb2.Migration:
     """Watch a migration until it has ended or stands still; a daemon that goes away may be back within some seconds.
 
     Raises:
         MigrateError: the daemon cannot be asked any more; the migration may go on.
     """
-    away_since_s: float | None = None
-    while True:
-        try:
-            for migration in _watch(remote, migration_id):
-                away_since_s = None
-                report_migration(reporter, migration)
-                if migration.state in _SETTLED:
-                    return migration
-            lost = ChannelError(f"the daemon at {remote.address} is shutting down")
-        except ChannelError as exc:
-            lost = exc
-        now_s = time.monotonic()
-        away_since_s = now_s if away_since_s is None else away_since_s
-        if now_s - away_since_s > away_s:
-            raise ChannelError(
-                f"{lost.message}; what became of migration {migration_id} is not known here",
-                remedy=f"once the daemon answers again, ask with `migrate status {migration_id}`",
-            ) from lost
-        time.sleep(_LOOK_S)
+    followed = client.migrations.follow(
+        migration_id, through_pauses=through_pauses, live=reporter.wants_live, away_s=away_s
+    )
+    with closing(followed) as migrations:
+        for migration in migrations:
+            reporter.show(migration)
+    return migration
 
 
-def _watch(remote: Daemon, migration_id: str) -> Iterator[types_pb2.Migration]:
-    request = migration_service_pb2.WatchMigrationRequest(migration_id=migration_id)
-    with closing(remote.stream(remote.migrations.WatchMigration, request)) as responses:
-        for response in responses:
-            yield response.migration
+@contextmanager
+def _detaching(daemon: DaemonAt, migration_id: str) -> Iterator[None]:
+    """A scope that Ctrl-C ends, and with it the command, but not the migration."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        again = command_for(daemon, "status", migration_id, "--watch")
+        click.echo(f"migrate: detached; migration {migration_id} goes on, look again with `{again}`", err=True)
+        sys.exit(EXIT_INTERRUPTED)
 
 
 def finish(migration: types_pb2.Migration) -> None:
@@ -218,12 +193,8 @@ def finish(migration: types_pb2.Migration) -> None:
     sys.exit(EXIT_PAUSED if paused else EXIT_FAILED)
 
 
-def _latest(remote: Daemon) -> types_pb2.Migration:
-    migrations = _list(remote)
+def _latest(client: Client) -> types_pb2.Migration:
+    migrations = client.migrations.list()
     if not migrations:
-        raise CallFailedError(f"the daemon at {remote.address} knows of no migration")
+        raise CallFailedError(f"the daemon at {client.address} knows of no migration")
     return migrations[-1]
-
-
-def _list(remote: Daemon) -> list[types_pb2.Migration]:
-    return [*remote.call(remote.migrations.ListMigrations, migration_service_pb2.ListMigrationsRequest()).migrations]

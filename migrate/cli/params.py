@@ -9,44 +9,27 @@ from typing import Any, TypedDict, TypeVar, cast
 
 import click
 
+from migrate.client.terms import (
+    COMPRESSIONS,
+    DEADLINE_ACTIONS,
+    KINDS,
+    MODES,
+    NO_CONVERGENCE,
+    ORDERS,
+    TRANSPORTS,
+    WORKLOADS,
+    GuestTerms,
+    MigrationTerms,
+)
 from migrate.config import Endpoint
 from migrate.errors import ConfigError
 from migrate.units import PAGE_SIZE_BYTES, parse_duration_us, parse_rate_bytes_per_s, parse_size_bytes
-from migrate.v1 import migration_service_pb2, types_pb2
 
 DEFAULT_DAEMON = "127.0.0.1:7400"
 
 # What a signed 64-bit field holds; nobody has an exbibyte of RAM.
 _QUANTITY_MAX = 2**63 - 1
 _GUEST_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_KINDS = {
-    "kvm": types_pb2.GUEST_KIND_KVM,
-    "process": types_pb2.GUEST_KIND_PROCESS,
-    "qemu": types_pb2.GUEST_KIND_QEMU,
-}
-_WORKLOADS = {
-    "uniform": types_pb2.WORKLOAD_DISTRIBUTION_UNIFORM,
-    "zipf": types_pb2.WORKLOAD_DISTRIBUTION_ZIPF,
-    "sequential": types_pb2.WORKLOAD_DISTRIBUTION_SEQUENTIAL,
-    "idle": types_pb2.WORKLOAD_DISTRIBUTION_IDLE,
-}
-_MODES = {
-    "postcopy": types_pb2.MIGRATION_MODE_POSTCOPY,
-    "hybrid": types_pb2.MIGRATION_MODE_HYBRID,
-    "precopy": types_pb2.MIGRATION_MODE_PRECOPY,
-}
-_NO_CONVERGENCE = {
-    "postcopy": types_pb2.NO_CONVERGENCE_POSTCOPY,
-    "wait": types_pb2.NO_CONVERGENCE_WAIT,
-    "fail": types_pb2.NO_CONVERGENCE_FAIL,
-}
-_TRANSPORTS = {"native": types_pb2.PAGE_TRANSPORT_NATIVE_GRPC, "grpcio": types_pb2.PAGE_TRANSPORT_GRPCIO}
-_DEADLINE_ACTIONS = {
-    "stop": types_pb2.DEADLINE_ACTION_STOP,
-    "poison": types_pb2.DEADLINE_ACTION_POISON,
-}
-_COMPRESSIONS = {"none": types_pb2.PAGE_COMPRESSION_NONE, "zstd": types_pb2.PAGE_COMPRESSION_ZSTD}
-_ORDERS = ("precopy", "follow", "bubble")
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -169,14 +152,14 @@ class MigrationOptions(TypedDict):
 
 def guest_options(*, kind: str, memory: str, vcpus: int) -> Callable[[_Command], _Command]:
     """Options of `guest create`, with the defaults that differ between commands."""
-    kinds = _choice([*_KINDS] if kind in _KINDS else [kind, *_KINDS])
+    kinds = _choice([*KINDS] if kind in KINDS else [kind, *KINDS])
     return _stack(
         click.option("--kind", type=kinds, default=kind, show_default=True, help="What kind of thing the guest is."),
         click.option("--memory", type=RAM_SIZE, default=memory, show_default=True, help="RAM of the guest."),
         click.option("--vcpus", type=click.IntRange(1), default=vcpus, show_default=True, help="Number of vCPUs."),
         click.option(
             "--workload",
-            type=_choice(_WORKLOADS),
+            type=_choice(WORKLOADS),
             default="uniform",
             show_default=True,
             help="Which pages the guest touches.",
@@ -212,7 +195,7 @@ def migration_options() -> Callable[[_Command], _Command]:
     return _stack(
         click.option(
             "--mode",
-            type=_choice(_MODES),
+            type=_choice(MODES),
             help="When the switchover happens.  [default: hybrid, or postcopy for a guest without a dirty log]",
         ),
         click.option(
@@ -224,25 +207,25 @@ def migration_options() -> Callable[[_Command], _Command]:
         ),
         click.option(
             "--on-no-convergence",
-            type=_choice(_NO_CONVERGENCE),
+            type=_choice(NO_CONVERGENCE),
             default="postcopy",
             show_default=True,
             help="In mode precopy, what to do if the guest writes faster than its pages move.",
         ),
         click.option(
-            "--order", type=_choice(_ORDERS), default="precopy", show_default=True, help="Order of the background."
+            "--order", type=_choice(ORDERS), default="precopy", show_default=True, help="Order of the background."
         ),
         click.option("--max-bandwidth", type=RATE, default=0, help="Cap of the background.  [default: none]"),
         click.option(
             "--transport",
-            type=_choice(_TRANSPORTS),
+            type=_choice(TRANSPORTS),
             default="native",
             show_default=True,
             help="What carries the pages.",
         ),
         click.option(
             "--compress",
-            type=_choice(_COMPRESSIONS),
+            type=_choice(COMPRESSIONS),
             default="none",
             show_default=True,
             help="What the pages are compressed with, but for those that a vCPU waits for.",
@@ -263,7 +246,7 @@ def migration_options() -> Callable[[_Command], _Command]:
         ),
         click.option(
             "--on-deadline",
-            type=_choice(_DEADLINE_ACTIONS),
+            type=_choice(DEADLINE_ACTIONS),
             default="stop",
             show_default=True,
             help="What the destination does then: end the guest, or let it run on without those pages.",
@@ -271,40 +254,36 @@ def migration_options() -> Callable[[_Command], _Command]:
     )
 
 
-def guest_spec(name: str, options: GuestOptions) -> types_pb2.GuestSpec:
-    """The message that asks for a guest."""
-    return types_pb2.GuestSpec(
-        name=name,
-        kind=_KINDS[options["kind"]],
-        memory_bytes=options["memory"],
-        vcpus=options["vcpus"],
-        workload=types_pb2.WorkloadSpec(
-            distribution=_WORKLOADS[options["workload"]],
-            write_ratio=options["write_ratio"],
-            working_set_bytes=options["working_set"],
-            touch_rate_per_s=options["touch_rate"],
-            seed=options["seed"],
-        ),
-    )
+def guest_terms(options: GuestOptions, qemu_options: Sequence[str] = ()) -> GuestTerms:
+    """What the client needs to make a guest."""
+    return {
+        "kind": options["kind"],
+        "memory_bytes": options["memory"],
+        "vcpus": options["vcpus"],
+        "workload": options["workload"],
+        "write_ratio": options["write_ratio"],
+        "working_set_bytes": options["working_set"],
+        "touch_rate_per_s": options["touch_rate"],
+        "seed": options["seed"],
+        "qemu_options": qemu_options,
+    }
 
 
-def start_request(guest: str, to: str, options: MigrationOptions) -> migration_service_pb2.StartMigrationRequest:
-    """The message that starts a migration."""
-    return migration_service_pb2.StartMigrationRequest(
-        guest=guest,
-        to=to,
-        mode=_MODES[options["mode"]] if options["mode"] else types_pb2.MIGRATION_MODE_UNSPECIFIED,
-        downtime_limit_us=options["downtime_limit"],
-        on_no_convergence=_NO_CONVERGENCE[options["on_no_convergence"]],
-        order=options["order"],
-        transport=_TRANSPORTS[options["transport"]],
-        max_bandwidth_bytes_per_s=options["max_bandwidth"],
-        verify=options["verify"],
-        compression=_COMPRESSIONS[options["compress"]],
-        peer_timeout_us=options["peer_timeout"],
-        deadline_us=options["deadline"],
-        on_deadline=_DEADLINE_ACTIONS[options["on_deadline"]],
-    )
+def migration_terms(options: MigrationOptions) -> MigrationTerms:
+    """What the client needs to start a migration."""
+    return {
+        "mode": options["mode"],
+        "downtime_limit_us": options["downtime_limit"],
+        "on_no_convergence": options["on_no_convergence"],
+        "order": options["order"],
+        "transport": options["transport"],
+        "max_bandwidth_bytes_per_s": options["max_bandwidth"],
+        "verify": options["verify"],
+        "compression": options["compress"],
+        "peer_timeout_us": options["peer_timeout"],
+        "deadline_us": options["deadline"],
+        "on_deadline": options["on_deadline"],
+    }
 
 
 def _choice(words: Sequence[str] | dict[str, Any]) -> click.Choice[str]:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from migrate.client.words import guest_kind_word, guest_state_word, pages_present, state_word, word_of
 from migrate.errors import GuestHolder
 from migrate.units import format_bytes, format_duration_us
 from migrate.v1 import types_pb2
@@ -31,31 +32,16 @@ def print_json(value: Any) -> None:
     click.echo(json.dumps(value, ensure_ascii=False))
 
 
-def state_word(state: int) -> str:
-    """`completed` for MIGRATION_STATE_COMPLETED, and so on."""
-    return _word(types_pb2.MigrationState, state, "MIGRATION_STATE_")
-
-
-def guest_state_word(state: int) -> str:
-    """`running` for GUEST_STATE_RUNNING, and so on."""
-    return _word(types_pb2.GuestState, state, "GUEST_STATE_")
-
-
-def guest_kind_word(kind: int) -> str:
-    """`kvm` for GUEST_KIND_KVM, and so on."""
-    return _word(types_pb2.GuestKind, kind, "GUEST_KIND_")
-
-
 def migration_json(migration: types_pb2.Migration) -> dict[str, Any]:
     """A migration with exactly the keys that docs/operations.md promises of `start --json`."""
     return {
         "migration_id": migration.migration_id,
         "guest": migration.guest,
         "guest_kind": guest_kind_word(migration.guest_kind),
-        "mode": _word(types_pb2.MigrationMode, migration.mode, "MIGRATION_MODE_"),
+        "mode": word_of(types_pb2.MigrationMode, migration.mode, "MIGRATION_MODE_"),
         "state": state_word(migration.state),
         "order": migration.order,
-        "transport": _word(types_pb2.PageTransport, migration.transport, "PAGE_TRANSPORT_").replace("_", "-"),
+        "transport": word_of(types_pb2.PageTransport, migration.transport, "PAGE_TRANSPORT_").replace("_", "-"),
         "memory_bytes": migration.memory_bytes,
         "page_size_bytes": migration.page_size_bytes,
         "vcpus": migration.vcpus,
@@ -77,12 +63,12 @@ def migration_status_json(migration: types_pb2.Migration) -> dict[str, Any]:
     """A migration with all that its daemon knows of it."""
     return {
         **migration_json(migration),
-        "side": _word(types_pb2.MigrationSide, migration.side, "MIGRATION_SIDE_"),
+        "side": word_of(types_pb2.MigrationSide, migration.side, "MIGRATION_SIDE_"),
         "peer": migration.peer,
-        "compression": _word(
+        "compression": word_of(
             types_pb2.PageCompression, migration.compression or types_pb2.PAGE_COMPRESSION_NONE, "PAGE_COMPRESSION_"
         ),
-        "holder": _word(types_pb2.GuestHolder, migration.holder, "GUEST_HOLDER_"),
+        "holder": word_of(types_pb2.GuestHolder, migration.holder, "GUEST_HOLDER_"),
         "guest_touches_at_switchover": migration.guest_touches_at_switchover,
         "attempt": migration.attempt,
         "recoveries": migration.recoveries,
@@ -176,7 +162,7 @@ def migration_table(migrations: Iterable[types_pb2.Migration]) -> Table:
         table.add_row(
             migration.migration_id,
             migration.guest,
-            _word(types_pb2.MigrationSide, migration.side, "MIGRATION_SIDE_"),
+            word_of(types_pb2.MigrationSide, migration.side, "MIGRATION_SIDE_"),
             migration.peer,
             state_word(migration.state),
             f"{present_share(migration.pages):.0%}",
@@ -228,27 +214,13 @@ def distribution_words(distribution: types_pb2.Distribution) -> str:
     return f"{words}  ({distribution.count:,})"
 
 
-def pages_present(pages: types_pb2.PageCounts) -> int:
-    """Pages that the destination has, zero pages included."""
-    return pages.zero + pages.precopy + pages.urgent + pages.background
-
-
 def present_share(pages: types_pb2.PageCounts) -> float:
     """pages_present() as a share of all pages, 0 to 1."""
     return pages_present(pages) / pages.total if pages.total else 0.0
 
 
 def _workload_word(distribution: int) -> str:
-    return _word(types_pb2.WorkloadDistribution, distribution, "WORKLOAD_DISTRIBUTION_")
-
-
-def _word(enum: Any, value: int, prefix: str) -> str:
-    try:
-        name: str = enum.Name(value)
-    except ValueError:
-        # A newer daemon knows more than we do.
-        return str(value)
-    return name.removeprefix(prefix).lower()
+    return word_of(types_pb2.WorkloadDistribution, distribution, "WORKLOAD_DISTRIBUTION_")
 
 
 def _numbers(message: types_pb2.PageCounts | types_pb2.Distribution) -> dict[str, int | float]:
@@ -262,7 +234,7 @@ def _error_json(error: types_pb2.ErrorInfo) -> dict[str, Any]:
     return {
         "type": error.type,
         "message": error.message,
-        "holder": _word(types_pb2.GuestHolder, error.holder, "GUEST_HOLDER_"),
+        "holder": word_of(types_pb2.GuestHolder, error.holder, "GUEST_HOLDER_"),
         "remedy": error.remedy,
     }
 

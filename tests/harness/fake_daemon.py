@@ -133,6 +133,13 @@ class FakeDaemon(guest_service_pb2_grpc.GuestServiceServicer, migration_service_
         response = migration_service_pb2.ListMigrationsResponse(migrations=self.migrations)
         return self._answer(request, context, response)
 
+    def StartSwitchover(self, request, context):
+        return self._answer(request, context, migration_service_pb2.StartSwitchoverResponse())
+
+    def CancelMigration(self, request, context):
+        cancelled = make_migration(types_pb2.MIGRATION_STATE_CANCELLED, migration_id=request.migration_id)
+        return self._answer(request, context, migration_service_pb2.CancelMigrationResponse(migration=cancelled))
+
     def RecoverMigration(self, request, context):
         response = migration_service_pb2.RecoverMigrationResponse(migration=self.recovered)
         return self._answer(request, context, response)

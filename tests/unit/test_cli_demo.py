@@ -10,8 +10,8 @@ import pytest
 
 from migrate.cli import demo as demo_command
 from migrate.cli import local_daemon
-from migrate.cli.client import CallFailedError
 from migrate.cli.local_daemon import GuestProcesses, LocalDaemon
+from migrate.errors import CallFailedError
 from migrate.guest.probe import Check, HostCapabilities
 from migrate.v1 import types_pb2
 from tests.harness.cli import json_of, run

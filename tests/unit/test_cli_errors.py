@@ -5,10 +5,9 @@ import socket
 import grpc
 import pytest
 
-from migrate.cli import client
-from migrate.cli.params import DaemonAt
+from migrate.client import Client, connection
 from migrate.errors import ChannelError, GuestHolder
-from migrate.v1 import guest_service_pb2, types_pb2
+from migrate.v1 import types_pb2
 from tests.harness.cli import run
 from tests.harness.fake_daemon import FakeDaemon, serve
 
@@ -110,12 +109,12 @@ def test_nobody_listening_is_known_at_once():
 
 
 def test_silent_peer_ends_with_the_deadline(monkeypatch):
-    monkeypatch.setattr(client, "CONNECT_DEADLINE_S", 0.2)
+    monkeypatch.setattr(connection, "CONNECT_DEADLINE_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"127.0.0.1:{silent.getsockname()[1]}"
 
-        with client.connect(DaemonAt(address)) as remote, pytest.raises(ChannelError, match="no daemon answers"):
-            remote.call(remote.guests.ListGuests, guest_service_pb2.ListGuestsRequest())
+        with Client(address) as client, pytest.raises(ChannelError, match="no daemon answers"):
+            client.guests.list()
 
 
 def test_proxies_of_the_environment_are_ignored(daemon):
@@ -145,7 +144,7 @@ def test_undecodable_error_info_falls_back_to_the_status():
 
     Failure.__abstractmethods__ = frozenset()
 
-    error = client.translate(Failure(), DaemonAt("127.0.0.1:1"))
+    error = connection.translate(Failure(), "127.0.0.1:1", None)
 
     assert error.message == "the daemon at 127.0.0.1:1 answered INTERNAL: torn"
     assert error.holder is GuestHolder.UNSPECIFIED

@@ -7,6 +7,7 @@ import grpc
 import pytest
 
 from migrate.cli import migration as migration_commands
+from migrate.cli.progress import PlainReporter
 from migrate.v1 import migration_service_pb2, types_pb2
 from tests.harness.cli import json_of, run
 from tests.harness.fake_daemon import FakeDaemon, make_migration, serve
@@ -280,13 +281,13 @@ def test_start_interrupt_detaches(daemon, monkeypatch):
     def interrupt(*_arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(migration_commands, "report_migration", interrupt)
+    monkeypatch.setattr(PlainReporter, "show", interrupt)
 
     result = run("start", "alpha", "--to", "192.0.2.2:7400", "--json", daemon=daemon)
 
     assert result.exit_code == 130
     assert result.stdout == ""
-    assert "detached; migration m-1 goes on" in result.stderr
+    assert "detached; migration m-1 goes on, look again with `migrate status m-1 --watch`" in result.stderr
 
 
 def test_status_shows_the_one_asked_for(daemon):

@@ -1,6 +1,8 @@
 """Imports go down the house, never up; the rules of the protocol import no machinery."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ LAYERS = [
     {"guest"},
     {"telemetry"},
     {"native"},
+    {"client"},
     {
         "model",
         "units",
@@ -89,3 +92,10 @@ def test_rules_import_no_machinery(module):
     impure += [name for name in names if name.startswith("migrate.") and name.split(".")[1] in IMPURE_LAYERS]
 
     assert impure == []
+
+
+def test_the_client_needs_no_c():
+    """A program that only operates daemons runs where nothing is compiled."""
+    words = "import sys, migrate.client; sys.exit(any(name.startswith('migrate.native') for name in sys.modules))"
+
+    assert subprocess.run([sys.executable, "-c", words], cwd=ROOT, timeout=30, check=False).returncode == 0
