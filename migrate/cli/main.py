@@ -10,7 +10,8 @@ from migrate.cli.daemon import daemon
 from migrate.cli.demo import EXIT_TERMINATED, demo
 from migrate.cli.doctor import doctor
 from migrate.cli.guest import guest
-from migrate.cli.migration import EXIT_INTERRUPTED, cancel, list_migrations, recover, start, status, switchover
+from migrate.cli.listing import list_migrations
+from migrate.cli.migration import EXIT_INTERRUPTED, cancel, recover, start, status, switchover
 from migrate.cli.render import EXIT_FAILED, EXIT_PAUSED
 from migrate.cli.tls import tls
 from migrate.errors import MigrateError, PostcopyPausedError

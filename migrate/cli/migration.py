@@ -1,4 +1,4 @@
-"""`migrate start`, `status`, `list`, `switchover`, `cancel` and `recover`."""
+"""`migrate start`, `status`, `switchover`, `cancel` and `recover`."""
 
 import sys
 from collections.abc import Iterator
@@ -25,7 +25,6 @@ from migrate.cli.render import (
     migration_detail,
     migration_json,
     migration_status_json,
-    migration_table,
     print_json,
     stdout_console,
 )
@@ -140,19 +139,6 @@ def recover(migration: str | None, to: str | None, daemon: DaemonAt, as_json: bo
         stdout_console().print(migration_detail(found))
     if found.state in (types_pb2.MIGRATION_STATE_POSTCOPY_PAUSED, types_pb2.MIGRATION_STATE_FAILED):
         finish(found)
-
-
-@click.command("list")
-@daemon_option
-@json_option
-def list_migrations(daemon: DaemonAt, as_json: bool) -> None:
-    """List the migrations that a daemon knows of, in order of their start."""
-    with connect(daemon) as client:
-        migrations = client.migrations.list()
-    if as_json:
-        print_json([migration_status_json(item) for item in migrations])
-    else:
-        stdout_console().print(migration_table(migrations))
 
 
 def follow(

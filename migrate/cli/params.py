@@ -108,6 +108,22 @@ _tls_dir = click.option(
 )
 
 
+def daemons_option(command: _Command) -> _Command:
+    """As daemon_option, but --daemon may be given several times; the command gets `daemons` and `tls_dir`."""
+    several = click.option(
+        "--daemon",
+        "daemons",
+        type=ENDPOINT,
+        envvar="MIGRATE_DAEMON",
+        default=(DEFAULT_DAEMON,),
+        multiple=True,
+        show_default=True,
+        show_envvar=True,
+        help="A daemon to talk to; may be given several times.",
+    )
+    return several(_tls_dir(command))
+
+
 def daemon_option(command: _Command) -> _Command:
     """Options that say which daemon to talk to; the command gets them as `daemon`, a DaemonAt."""
 

@@ -2,7 +2,8 @@
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import click
@@ -20,6 +21,23 @@ EXIT_PAUSED = 3
 
 # Lines that go to a file or a pipe are cut by whoever reads them, not here.
 _PIPE_COLUMNS = 240
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """One side of a migration.
+
+    Attributes:
+        daemon: Address of the daemon that is asked for it.
+        side: A MigrationSide.
+        migration: As that daemon sees it; None if it was not asked, or does not know of it.
+        why_unknown: Why that is None, in a word or two.
+    """
+
+    daemon: str
+    side: int
+    migration: types_pb2.Migration | None
+    why_unknown: str = ""
 
 
 def stdout_console() -> Console:
@@ -168,6 +186,29 @@ def migration_table(migrations: Iterable[types_pb2.Migration]) -> Table:
             f"{present_share(migration.pages):.0%}",
             format_duration_us(migration.total_us),
         )
+    return table
+
+
+def ends_table(ends: Iterable[Sequence[End]]) -> Table:
+    """A row for each end of each migration."""
+    table = _list_table("MIGRATION", "GUEST", "SIDE", "DAEMON", "STATE", "HOLDER", "PAGES")
+    # Where a line is too short, the address is what is broken.
+    table.columns[3].no_wrap, table.columns[3].overflow = False, "fold"
+    for pair in ends:
+        known = next(end.migration for end in pair if end.migration is not None)
+        for number, end in enumerate(pair):
+            row = [
+                "" if number else known.migration_id,
+                "" if number else known.guest,
+                word_of(types_pb2.MigrationSide, end.side, "MIGRATION_SIDE_"),
+                end.daemon,
+            ]
+            if end.migration is None:
+                row += [f"({end.why_unknown})", "", ""]
+            else:
+                holder = word_of(types_pb2.GuestHolder, end.migration.holder, "GUEST_HOLDER_")
+                row += [state_word(end.migration.state), holder, f"{present_share(end.migration.pages):.0%}"]
+            table.add_row(*row)
     return table
 
 
