@@ -30,7 +30,7 @@ class Guests:
         """
         return self._connection.call(calls.create_guest(guest_spec(name, **terms)))
 
-    def attach(self, name: str, *, qmp_socket: str = "", program_socket: str = "") -> types.Guest:
+    def attach(self, name: str, qmp_socket: str = "", program_socket: str = "") -> types.Guest:
         """Take over what runs on the daemon's host: a QEMU, by its monitor, or a program that opted in.
 
         Args:
