@@ -9,6 +9,7 @@ import click
 from migrate.cli.daemon import daemon
 from migrate.cli.demo import EXIT_TERMINATED, demo
 from migrate.cli.doctor import doctor
+from migrate.cli.drain import drain
 from migrate.cli.guest import guest
 from migrate.cli.listing import list_migrations
 from migrate.cli.migration import EXIT_INTERRUPTED, cancel, recover, start, status, switchover
@@ -41,6 +42,7 @@ main.add_command(cancel)
 main.add_command(daemon)
 main.add_command(demo)
 main.add_command(doctor)
+main.add_command(drain)
 main.add_command(guest)
 main.add_command(list_migrations)
 main.add_command(start)

@@ -99,7 +99,7 @@ _daemon_address = click.option(
     show_envvar=True,
     help="The daemon to talk to.",
 )
-_tls_dir = click.option(
+tls_dir_option = click.option(
     "--tls-dir",
     type=click.Path(file_okay=False, path_type=Path),
     envvar="MIGRATE_TLS_DIR",
@@ -121,7 +121,7 @@ def daemons_option(command: _Command) -> _Command:
         show_envvar=True,
         help="A daemon to talk to; may be given several times.",
     )
-    return several(_tls_dir(command))
+    return several(tls_dir_option(command))
 
 
 def daemon_option(command: _Command) -> _Command:
@@ -131,7 +131,7 @@ def daemon_option(command: _Command) -> _Command:
     def with_daemon(*args: Any, daemon: str, tls_dir: Path | None, **kwargs: Any) -> Any:
         return command(*args, daemon=DaemonAt(daemon, tls_dir), **kwargs)
 
-    return cast("_Command", _daemon_address(_tls_dir(with_daemon)))
+    return cast("_Command", _daemon_address(tls_dir_option(with_daemon)))
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")

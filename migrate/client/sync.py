@@ -6,7 +6,7 @@ from collections.abc import Generator
 from contextlib import closing
 from pathlib import Path
 from types import TracebackType
-from typing import Self, Unpack
+from typing import Self, TypeVar, Unpack
 
 from migrate.client import calls
 from migrate.client.connection import Connection
@@ -14,6 +14,8 @@ from migrate.client.terms import GuestTerms, MigrationTerms, guest_spec, start_r
 from migrate.client.words import FINAL_STATES, SETTLED_STATES
 from migrate.errors import CallFailedError, DaemonLostError
 from migrate.v1 import types_pb2 as types
+
+_Result = TypeVar("_Result")
 
 
 class Guests:
@@ -220,6 +222,14 @@ class Client:
         self._connection = Connection(address, None if tls_dir is None else Path(tls_dir))
         self.guests = Guests(self._connection)
         self.migrations = Migrations(self._connection)
+
+    def call(self, call: calls.Call[_Result]) -> _Result:
+        """Make a call of migrate.client.calls as it is.
+
+        Raises:
+            MigrateError: as the daemon refuses it.
+        """
+        return self._connection.call(call)
 
     def close(self) -> None:
         """End all calls, and the connection."""

@@ -11,6 +11,7 @@ from migrate.daemon.entries import reachable
 from migrate.daemon.guests import GuestRegistry
 from migrate.daemon.migrations import MigrationRegistry
 from migrate.errors import ConfigError
+from migrate.telemetry.host import available_bytes
 from migrate.v1 import guest_service_pb2 as guest
 from migrate.v1 import guest_service_pb2_grpc as guest_rpc
 from migrate.v1 import migration_service_pb2 as migration
@@ -43,7 +44,7 @@ class GuestServicer(guest_rpc.GuestServiceServicer):
         return guest.CreateGuestResponse(guest=self._guests.create(request.spec))
 
     def ListGuests(self, request: guest.ListGuestsRequest, context: grpc.ServicerContext) -> guest.ListGuestsResponse:
-        return guest.ListGuestsResponse(guests=self._guests.list())
+        return guest.ListGuestsResponse(guests=self._guests.list(), available_bytes=available_bytes())
 
     def GetGuest(self, request: guest.GetGuestRequest, context: grpc.ServicerContext) -> guest.GetGuestResponse:
         return guest.GetGuestResponse(guest=self._guests.describe(self._guests.find(request.name)))

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from migrate.v1 import types_pb2 as migrate_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1emigrate/v1/guest_service.proto\x12\nmigrate.v1\x1a\x16migrate/v1/types.proto\"9\n\x12\x43reateGuestRequest\x12#\n\x04spec\x18\x01 \x01(\x0b\x32\x15.migrate.v1.GuestSpec\"7\n\x13\x43reateGuestResponse\x12 \n\x05guest\x18\x01 \x01(\x0b\x32\x11.migrate.v1.Guest\"\x13\n\x11ListGuestsRequest\"7\n\x12ListGuestsResponse\x12!\n\x06guests\x18\x01 \x03(\x0b\x32\x11.migrate.v1.Guest\"\x1f\n\x0fGetGuestRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"4\n\x10GetGuestResponse\x12 \n\x05guest\x18\x01 \x01(\x0b\x32\x11.migrate.v1.Guest\"!\n\x11PauseGuestRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x14\n\x12PauseGuestResponse\"\"\n\x12ResumeGuestRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x15\n\x13ResumeGuestResponse\"\"\n\x12\x44\x65leteGuestRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x15\n\x13\x44\x65leteGuestResponse\"!\n\x11\x41uditGuestRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"E\n\x12\x41uditGuestResponse\x12/\n\nstatistics\x18\x01 \x01(\x0b\x32\x1b.migrate.v1.GuestStatistics\"@\n\x1bWatchGuestStatisticsRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0binterval_us\x18\x02 \x01(\x04\"O\n\x1cWatchGuestStatisticsResponse\x12/\n\nstatistics\x18\x01 \x01(\x0b\x32\x1b.migrate.v1.GuestStatistics2\x99\x05\n\x0cGuestService\x12N\n\x0b\x43reateGuest\x12\x1e.migrate.v1.CreateGuestRequest\x1a\x1f.migrate.v1.CreateGuestResponse\x12K\n\nListGuests\x12\x1d.migrate.v1.ListGuestsRequest\x1a\x1e.migrate.v1.ListGuestsResponse\x12\x45\n\x08GetGuest\x12\x1b.migrate.v1.GetGuestRequest\x1a\x1c.migrate.v1.GetGuestResponse\x12K\n\nPauseGuest\x12\x1d.migrate.v1.PauseGuestRequest\x1a\x1e.migrate.v1.PauseGuestResponse\x12N\n\x0bResumeGuest\x12\x1e.migrate.v1.ResumeGuestRequest\x1a\x1f.migrate.v1.ResumeGuestResponse\x12N\n\x0b\x44\x65leteGuest\x12\x1e.migrate.v1.DeleteGuestRequest\x1a\x1f.migrate.v1.DeleteGuestResponse\x12K\n\nAuditGuest\x12\x1d.migrate.v1.AuditGuestRequest\x1a\x1e.migrate.v1.AuditGuestResponse\x12k\n\x14WatchGuestStatistics\x12\'.migrate.v1.WatchGuestStatisticsRequest\x1a(.migrate.v1.WatchGuestStatisticsResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1emigrate/v1/guest_service.proto\x12\nmigrate.v1\x1a\x16migrate/v1/types.proto\"9\n\x12\x43reateGuestRequest\x12#\n\x04spec\x18\x01 \x01(\x0b\x32\x15.migrate.v1.GuestSpec\"7\n\x13\x43reateGuestResponse\x12 \n\x05guest\x18\x01 \x01(\x0b\x32\x11.migrate.v1.Guest\"\x13\n\x11ListGuestsRequest\"P\n\x12ListGuestsResponse\x12!\n\x06guests\x18\x01 \x03(\x0b\x32\x11.migrate.v1.Guest\x12\x17\n\x0f\x61vailable_bytes\x18\x02 \x01(\x04\"\x1f\n\x0fGetGuestRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"4\n\x10GetGuestResponse\x12 \n\x05guest\x18\x01 \x01(\x0b\x32\x11.migrate.v1.Guest\"!\n\x11PauseGuestRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x14\n\x12PauseGuestResponse\"\"\n\x12ResumeGuestRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x15\n\x13ResumeGuestResponse\"\"\n\x12\x44\x65leteGuestRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x15\n\x13\x44\x65leteGuestResponse\"!\n\x11\x41uditGuestRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"E\n\x12\x41uditGuestResponse\x12/\n\nstatistics\x18\x01 \x01(\x0b\x32\x1b.migrate.v1.GuestStatistics\"@\n\x1bWatchGuestStatisticsRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0binterval_us\x18\x02 \x01(\x04\"O\n\x1cWatchGuestStatisticsResponse\x12/\n\nstatistics\x18\x01 \x01(\x0b\x32\x1b.migrate.v1.GuestStatistics2\x99\x05\n\x0cGuestService\x12N\n\x0b\x43reateGuest\x12\x1e.migrate.v1.CreateGuestRequest\x1a\x1f.migrate.v1.CreateGuestResponse\x12K\n\nListGuests\x12\x1d.migrate.v1.ListGuestsRequest\x1a\x1e.migrate.v1.ListGuestsResponse\x12\x45\n\x08GetGuest\x12\x1b.migrate.v1.GetGuestRequest\x1a\x1c.migrate.v1.GetGuestResponse\x12K\n\nPauseGuest\x12\x1d.migrate.v1.PauseGuestRequest\x1a\x1e.migrate.v1.PauseGuestResponse\x12N\n\x0bResumeGuest\x12\x1e.migrate.v1.ResumeGuestRequest\x1a\x1f.migrate.v1.ResumeGuestResponse\x12N\n\x0b\x44\x65leteGuest\x12\x1e.migrate.v1.DeleteGuestRequest\x1a\x1f.migrate.v1.DeleteGuestResponse\x12K\n\nAuditGuest\x12\x1d.migrate.v1.AuditGuestRequest\x1a\x1e.migrate.v1.AuditGuestResponse\x12k\n\x14WatchGuestStatistics\x12\'.migrate.v1.WatchGuestStatisticsRequest\x1a(.migrate.v1.WatchGuestStatisticsResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,31 +39,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTGUESTSREQUEST']._serialized_start=186
   _globals['_LISTGUESTSREQUEST']._serialized_end=205
   _globals['_LISTGUESTSRESPONSE']._serialized_start=207
-  _globals['_LISTGUESTSRESPONSE']._serialized_end=262
-  _globals['_GETGUESTREQUEST']._serialized_start=264
-  _globals['_GETGUESTREQUEST']._serialized_end=295
-  _globals['_GETGUESTRESPONSE']._serialized_start=297
-  _globals['_GETGUESTRESPONSE']._serialized_end=349
-  _globals['_PAUSEGUESTREQUEST']._serialized_start=351
-  _globals['_PAUSEGUESTREQUEST']._serialized_end=384
-  _globals['_PAUSEGUESTRESPONSE']._serialized_start=386
-  _globals['_PAUSEGUESTRESPONSE']._serialized_end=406
-  _globals['_RESUMEGUESTREQUEST']._serialized_start=408
-  _globals['_RESUMEGUESTREQUEST']._serialized_end=442
-  _globals['_RESUMEGUESTRESPONSE']._serialized_start=444
-  _globals['_RESUMEGUESTRESPONSE']._serialized_end=465
-  _globals['_DELETEGUESTREQUEST']._serialized_start=467
-  _globals['_DELETEGUESTREQUEST']._serialized_end=501
-  _globals['_DELETEGUESTRESPONSE']._serialized_start=503
-  _globals['_DELETEGUESTRESPONSE']._serialized_end=524
-  _globals['_AUDITGUESTREQUEST']._serialized_start=526
-  _globals['_AUDITGUESTREQUEST']._serialized_end=559
-  _globals['_AUDITGUESTRESPONSE']._serialized_start=561
-  _globals['_AUDITGUESTRESPONSE']._serialized_end=630
-  _globals['_WATCHGUESTSTATISTICSREQUEST']._serialized_start=632
-  _globals['_WATCHGUESTSTATISTICSREQUEST']._serialized_end=696
-  _globals['_WATCHGUESTSTATISTICSRESPONSE']._serialized_start=698
-  _globals['_WATCHGUESTSTATISTICSRESPONSE']._serialized_end=777
-  _globals['_GUESTSERVICE']._serialized_start=780
-  _globals['_GUESTSERVICE']._serialized_end=1445
+  _globals['_LISTGUESTSRESPONSE']._serialized_end=287
+  _globals['_GETGUESTREQUEST']._serialized_start=289
+  _globals['_GETGUESTREQUEST']._serialized_end=320
+  _globals['_GETGUESTRESPONSE']._serialized_start=322
+  _globals['_GETGUESTRESPONSE']._serialized_end=374
+  _globals['_PAUSEGUESTREQUEST']._serialized_start=376
+  _globals['_PAUSEGUESTREQUEST']._serialized_end=409
+  _globals['_PAUSEGUESTRESPONSE']._serialized_start=411
+  _globals['_PAUSEGUESTRESPONSE']._serialized_end=431
+  _globals['_RESUMEGUESTREQUEST']._serialized_start=433
+  _globals['_RESUMEGUESTREQUEST']._serialized_end=467
+  _globals['_RESUMEGUESTRESPONSE']._serialized_start=469
+  _globals['_RESUMEGUESTRESPONSE']._serialized_end=490
+  _globals['_DELETEGUESTREQUEST']._serialized_start=492
+  _globals['_DELETEGUESTREQUEST']._serialized_end=526
+  _globals['_DELETEGUESTRESPONSE']._serialized_start=528
+  _globals['_DELETEGUESTRESPONSE']._serialized_end=549
+  _globals['_AUDITGUESTREQUEST']._serialized_start=551
+  _globals['_AUDITGUESTREQUEST']._serialized_end=584
+  _globals['_AUDITGUESTRESPONSE']._serialized_start=586
+  _globals['_AUDITGUESTRESPONSE']._serialized_end=655
+  _globals['_WATCHGUESTSTATISTICSREQUEST']._serialized_start=657
+  _globals['_WATCHGUESTSTATISTICSREQUEST']._serialized_end=721
+  _globals['_WATCHGUESTSTATISTICSRESPONSE']._serialized_start=723
+  _globals['_WATCHGUESTSTATISTICSRESPONSE']._serialized_end=802
+  _globals['_GUESTSERVICE']._serialized_start=805
+  _globals['_GUESTSERVICE']._serialized_end=1470
 # @@protoc_insertion_point(module_scope)

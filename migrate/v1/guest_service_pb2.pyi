@@ -79,6 +79,9 @@ class ListGuestsResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     GUESTS_FIELD_NUMBER: _builtins.int
+    AVAILABLE_BYTES_FIELD_NUMBER: _builtins.int
+    available_bytes: _builtins.int
+    """Memory of the host that can be had without swapping; 0 of a daemon that does not say."""
     @_builtins.property
     def guests(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Guest]:
         """By name."""
@@ -87,10 +90,11 @@ class ListGuestsResponse(_message.Message):
         self,
         *,
         guests: _abc.Iterable[_types_pb2.Guest] | None = ...,
+        available_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["guests", b"guests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["available_bytes", b"available_bytes", "guests", b"guests"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
