@@ -55,11 +55,13 @@ class Refusal:
         words: The error.
         may_pass: Whether it may be another time, and not only elsewhere.
         at_s: When that was.
+        since_s: When that was for the first time.
     """
 
     words: str
     may_pass: bool
     at_s: float
+    since_s: float
 
 
 @dataclass(slots=True)
@@ -253,7 +255,9 @@ class Drain:
         destination = self._destinations.get(move.to)
         if destination is not None:
             destination.sent_bytes -= move.memory_bytes
-        move.refusals[move.to] = Refusal(words, _may_pass(found), now_s)
+        before = move.refusals.pop(move.to, None)  # the last one is to be the last
+        since_s = now_s if before is None else before.since_s
+        move.refusals[move.to] = Refusal(words, _may_pass(found), now_s, since_s)
         move.migration_id, move.outcome, move.still_since_s = "", Outcome.WAITING, None
         self._tell(f"{move.guest}: not moved to {move.to}: {words}")
 
@@ -308,8 +312,8 @@ class Drain:
         hopeful = [found for found in self._destinations.values() if self._is_hopeful(move, found, now_s)]
         if not hopeful:
             away = [found.why_away for found in self._destinations.values() if found.why_away is not None]
-            last = max(move.refusals.values(), key=lambda refusal: refusal.at_s, default=None)
-            self._fail(move, last.words if last is not None else str(away[0]) if away else "there is no destination")
+            refused = [refusal.words for refusal in move.refusals.values()]
+            self._fail(move, [*map(str, away), *refused][-1])
             return None
         ready = [
             found
@@ -324,8 +328,7 @@ class Drain:
         refusal = move.refusals.get(destination.address)
         if refusal is not None and not refusal.may_pass:
             return False
-        first_s = min((known.at_s for known in move.refusals.values()), default=now_s)
-        tried_s = now_s - first_s if refusal is not None else 0.0
+        tried_s = now_s - refusal.since_s if refusal is not None else 0.0
         return max(tried_s, destination.away_s(now_s)) <= self._terms.wait_s
 
     def _start(self, move: Move, destination: Destination) -> bool:
