@@ -91,6 +91,8 @@ class DaemonConfig:
         qemu_dirs: Where files of QEMU guests that arrive may lie.
         programs_dir: What may be started as a guest of kind process, by name; None if nothing may.
         ready_fd: Written one JSON line {"listen": …, "page_listen": …} once the daemon serves, then closed.
+        metrics_listen: HOST:PORT where metrics are had by plain HTTP; None serves none.
+        log_format: `text` or `json`.
     """
 
     listen: str
@@ -102,3 +104,5 @@ class DaemonConfig:
     qemu_dirs: tuple[Path, ...] = ()
     programs_dir: Path | None = None
     ready_fd: int | None = None
+    metrics_listen: str | None = None
+    log_format: str = "text"

@@ -37,6 +37,14 @@ from migrate.config import DaemonConfig, Endpoint
     type=click.Path(file_okay=False, path_type=Path),
     help="Executable files that may be started as guests, by their names.  [default: none]",
 )
+@click.option("--metrics-listen", type=ENDPOINT, help="Where metrics are served, by plain HTTP.  [default: nowhere]")
+@click.option(
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="What the log looks like: lines for people, or a JSON object a line.",
+)
 @click.option("--insecure", is_flag=True, help="Allow addresses that are not loopback, without TLS.")
 @click.option("--ready-fd", type=click.IntRange(0), hidden=True, help="Write the addresses here once they serve.")
 def daemon(
@@ -48,6 +56,8 @@ def daemon(
     tls_dir: Path | None,
     qemu_dirs: tuple[Path, ...],
     programs: Path | None,
+    metrics_listen: str | None,
+    log_format: str,
     insecure: bool,
     ready_fd: int | None,
 ) -> None:
@@ -61,6 +71,12 @@ def daemon(
                 "guests, for nothing is encrypted and nobody is asked who they are. Give --tls-dir, as `migrate tls` "
                 "makes it, or --insecure if the network is yours alone."
             )
+    if metrics_listen is not None and not insecure and not Endpoint.parse(metrics_listen).is_loopback:
+        raise click.UsageError(
+            f"--metrics-listen {metrics_listen} is not loopback: metrics are served by plain HTTP to whoever asks, "
+            "with --tls-dir, too. Put a proxy before it that knows who may ask, or give --insecure instead of "
+            "--tls-dir if the network is yours alone."
+        )
     # The C extension and the servers load only where a daemon runs.
     from migrate.daemon.main import run_daemon  # noqa: PLC0415
 
@@ -75,5 +91,7 @@ def daemon(
             qemu_dirs=qemu_dirs,
             programs_dir=programs,
             ready_fd=ready_fd,
+            metrics_listen=metrics_listen,
+            log_format=log_format,
         )
     )

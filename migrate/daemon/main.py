@@ -21,6 +21,7 @@ from migrate.config import DaemonConfig, Endpoint
 from migrate.daemon.access import Access, AccessInterceptor
 from migrate.daemon.guests import GuestRegistry
 from migrate.daemon.limits import CALLS_MAX, SERVER_OPTIONS, LimitInterceptor
+from migrate.daemon.metrics import MetricsServer
 from migrate.daemon.migrations import MigrationRegistry
 from migrate.daemon.peer import GrpcPeer
 from migrate.daemon.programs import Programs
@@ -34,6 +35,7 @@ from migrate.native.pageserver import PageServer
 from migrate.pager.fetcher import make_fetcher
 from migrate.pageserver.servicer import PageServicer
 from migrate.telemetry.clock import Clock
+from migrate.telemetry.logs import configure_logging
 from migrate.tls import describe
 from migrate.v1 import (
     guest_service_pb2,
@@ -93,6 +95,15 @@ class Daemon:
         except ConfigError:
             self._leave_state()
             raise
+        self._metrics: MetricsServer | None = None
+        if config.metrics_listen:
+            try:
+                self._metrics = MetricsServer(
+                    Endpoint.parse(config.metrics_listen), self._guests, self._migrations, self._pages
+                )
+            except ConfigError:
+                self._leave_state()
+                raise
         self.page_endpoint = self._pages.endpoint
         control = Endpoint.parse(config.advertise) if config.advertise else self.control_endpoint
         pages = Endpoint.parse(config.advertise_pages) if config.advertise_pages else self.page_endpoint
@@ -111,6 +122,8 @@ class Daemon:
         self._guests.adopt()
         self._migrations.restore(self._state.load())
         self._control.start()
+        if self._metrics is not None:
+            self._metrics.start()
         for service in ("", *_SERVICE_NAMES):
             self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
 
@@ -118,6 +131,8 @@ class Daemon:
         """Stop serving. What nobody could find again ends: without a state directory of the operator's, guests do."""
         self.stopping.set()
         self._health.enter_graceful_shutdown()
+        if self._metrics is not None:
+            self._metrics.close()
         control_stopped = self._control.stop(_GRACE_S)
         if not self._is_mortal:
             control_stopped.wait()
@@ -131,6 +146,11 @@ class Daemon:
         self._guests.close()
         control_stopped.wait()
         self._leave_state()
+
+    @property
+    def metrics_endpoint(self) -> Endpoint | None:
+        """Where metrics are served; None if nowhere."""
+        return None if self._metrics is None else self._metrics.endpoint
 
     def describe_tls(self) -> str:
         """What it presents to those who call, in words for the log."""
@@ -158,7 +178,7 @@ class Daemon:
         )
         page_service_pb2_grpc.add_PageServiceServicer_to_server(PageServicer(self._exports, check_party), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        reflection.enable_server_reflection((*_SERVICE_NAMES, reflection.SERVICE_NAME), server)
+        reflection.enable_server_reflection((*_SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         return server
 
     def _leave_state(self) -> None:
@@ -185,7 +205,7 @@ def run_daemon(config: DaemonConfig) -> None:
         ConfigError: an address cannot be listened on, or a directory cannot be used.
         StateDirError: what is in it cannot be read.
     """
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    configure_logging(config.log_format)
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     ctypes.CDLL(None).mallopt(_M_ARENA_MAX, _ARENAS_MAX)
     daemon = Daemon(config)
@@ -198,6 +218,8 @@ def run_daemon(config: DaemonConfig) -> None:
     try:
         daemon.start()
         _log.info("control at %s, pages at %s%s", daemon.control_endpoint, daemon.page_endpoint, daemon.describe_tls())
+        if daemon.metrics_endpoint is not None:
+            _log.info("metrics at http://%s/metrics", daemon.metrics_endpoint)
         if config.ready_fd is not None:
             _tell_ready(config.ready_fd, daemon)
         os.read(wake_read, 1)
@@ -210,9 +232,11 @@ def run_daemon(config: DaemonConfig) -> None:
 
 
 def _tell_ready(ready_fd: int, daemon: Daemon) -> None:
-    line = json.dumps({"listen": str(daemon.control_endpoint), "page_listen": str(daemon.page_endpoint)})
+    ready = {"listen": str(daemon.control_endpoint), "page_listen": str(daemon.page_endpoint)}
+    if daemon.metrics_endpoint is not None:
+        ready["metrics_listen"] = str(daemon.metrics_endpoint)
     with os.fdopen(ready_fd, "w") as stream:
-        stream.write(line + "\n")
+        stream.write(json.dumps(ready) + "\n")
 
 
 def _bind(server: grpc.Server, endpoint: Endpoint, tls: DaemonTls | None) -> Endpoint:

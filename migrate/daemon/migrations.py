@@ -33,7 +33,6 @@ from migrate.native.exports import Exports
 from migrate.pager.fetcher import make_fetcher
 from migrate.session.arrival import Twin
 from migrate.session.destination import DestinationSession
-from migrate.session.ledger import log_end
 from migrate.session.page_flow import FetcherOf
 from migrate.session.ports import Journal, PeerOf
 from migrate.session.record import MigrationRecord, nothing_to_recover
@@ -51,6 +50,7 @@ from migrate.session.source import SourceSession
 from migrate.session.states import State
 from migrate.telemetry.clock import Clock
 from migrate.telemetry.host import available_bytes
+from migrate.telemetry.steps import note_past
 from migrate.v1 import daemon_state_pb2 as saved
 from migrate.v1 import migration_service_pb2 as operator
 from migrate.v1 import transfer_service_pb2 as transfer
@@ -482,7 +482,7 @@ class MigrationRegistry:
                 self._journal.save(entry)
             except StateDirError as error:
                 _log.warning("%s; the next daemon will come to the same end", error)
-            log_end(entry.final)
+            note_past(entry.final)
             self._remember(entry, None)
             return
         guest.migration_id = entry.migration_id

@@ -10,6 +10,7 @@ from google.protobuf.message import DecodeError
 
 from migrate.error_info import error_info, error_of
 from migrate.errors import ChannelError, MigrateError, PeerUnreachableError
+from migrate.telemetry.totals import TOTALS
 from migrate.v1 import types_pb2 as types
 
 METADATA_ERROR = "migrate-error-bin"
@@ -21,6 +22,7 @@ _KINDS = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
 
 def abort(context: grpc.ServicerContext, error: MigrateError) -> NoReturn:
     """End a call with an error."""
+    TOTALS.note_error("call", error.type_name)
     context.set_trailing_metadata(((METADATA_ERROR, error_info(error).SerializeToString()),))
     context.abort(grpc.StatusCode[error.grpc_status], str(error))
     raise AssertionError("unreachable")

@@ -2,12 +2,11 @@
 
 import logging
 
-from migrate.errors import GuestHolder, MigrateError, StateDirError
+from migrate.errors import MigrateError, StateDirError
 from migrate.session.ports import Journal
 from migrate.session.record import MigrationRecord
 from migrate.session.states import Event
 from migrate.v1 import daemon_state_pb2 as saved
-from migrate.v1 import types_pb2 as types
 
 _log = logging.getLogger(__name__)
 
@@ -49,7 +48,7 @@ class Ledger:
             except StateDirError:
                 self.entry.ClearField("final")
                 raise
-            self._step(event, error)
+            self.record.on(event, error)
 
     def end_anyhow(self, event: Event, error: MigrateError | None = None) -> None:
         """Take a last step that has happened already, whether or not it can be written down.
@@ -63,27 +62,4 @@ class Ledger:
             self.end(event, error)
         except StateDirError as failure:
             _log.warning("the end of migration %s was not written down: %s", self.record.migration_id, failure)
-            self._step(event, error)
-
-    def _step(self, event: Event, error: MigrateError | None) -> None:
-        self.record.on(event, error)
-        log_end(self.record.snapshot())
-
-
-def log_end(final: types.Migration) -> None:
-    """Say in the log how a migration ended, and who holds the guest now: a lost one is an error, nothing else is."""
-    level = logging.INFO if final.state == types.MIGRATION_STATE_COMPLETED else logging.WARNING
-    if final.holder == types.GUEST_HOLDER_NONE:
-        level = logging.ERROR
-    has_error = level != logging.INFO and final.HasField("error")
-    why = f": {final.error.type}: {final.error.message}" if has_error else ""
-    _log.log(
-        level,
-        "migration %s of guest %s has ended at its %s: %s; %s%s",
-        final.migration_id,
-        final.guest,
-        types.MigrationSide.Name(final.side).removeprefix("MIGRATION_SIDE_").lower(),
-        types.MigrationState.Name(final.state).removeprefix("MIGRATION_STATE_"),
-        GuestHolder(final.holder).describe(),
-        why,
-    )
+            self.record.on(event, error)

@@ -8,6 +8,7 @@ from migrate.errors import LOST_REMEDY, GuestBusyError, GuestHolder, GuestLostEr
 from migrate.session.live import Live
 from migrate.session.states import Event, Machine, Side, State
 from migrate.telemetry.clock import Clock
+from migrate.telemetry.steps import note_begun, note_step
 from migrate.units import PAGE_SIZE_BYTES
 from migrate.v1 import types_pb2 as types
 
@@ -21,15 +22,16 @@ class MigrationRecord:
         machine: Its place in the state table.
         migration: What is known of it; the record's from now on.
         clock: Times its phases, from now on.
+        is_past: Whether it ended before this daemon was started.
     """
 
-    def __init__(self, machine: Machine, migration: types.Migration, clock: Clock) -> None:
+    def __init__(self, machine: Machine, migration: types.Migration, clock: Clock, *, is_past: bool = False) -> None:
         self._machine = machine
         self._migration = migration
         self._clock = clock
         self._started_us = clock.now_us()
         self._entered_us: dict[State, int] = {machine.state: self._started_us}
-        self._has_final_times = False
+        self._has_final_times = is_past
         self._foreseen_us: int | None = None
         self._version = 0
         self.live = Live()
@@ -39,6 +41,8 @@ class MigrationRecord:
         migration.page_size_bytes = PAGE_SIZE_BYTES
         with self._changed:
             self._publish()
+            if not is_past:
+                note_begun(migration)
 
     @property
     def migration_id(self) -> str:
@@ -78,6 +82,7 @@ class MigrationRecord:
             LocalProtocolError: not allowed now.
         """
         with self._changed:
+            before = self._machine.state
             self._machine.on(event)
             if self._machine.state is State.SETUP:
                 # Another attempt: phases are those of the one that succeeds, the total is that of all.
@@ -88,6 +93,8 @@ class MigrationRecord:
             if error is not None:
                 self._set_error(error)
             self._publish()
+            if self._machine.state is not before or event is Event.RETRY:
+                note_step(self._migration, before.value, error)
 
     def note_error(self, error: MigrateError) -> None:
         """Show an error that does not change the state."""
@@ -105,9 +112,7 @@ class MigrationRecord:
     def of_ended(cls, final: types.Migration, clock: Clock) -> "MigrationRecord":
         """The record of a migration that ended before this daemon was started."""
         machine = Machine(Side(final.side), State(final.state), GuestHolder(final.holder))
-        record = cls(machine, final, clock)
-        record._has_final_times = True
-        return record
+        return cls(machine, final, clock, is_past=True)
 
     def snapshot(self) -> types.Migration:
         """The migration as it is now, times included."""

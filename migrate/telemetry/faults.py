@@ -6,6 +6,7 @@ from collections import deque
 
 from migrate.native.pager import FaultBatch
 from migrate.telemetry.histogram import distribution_of
+from migrate.telemetry.totals import TOTALS
 from migrate.v1 import types_pb2 as types
 
 # Older marks are of no use to anybody.
@@ -26,6 +27,7 @@ class FaultLatencies:
     def add(self, records: FaultBatch, now_us: int = 0) -> None:
         """Take in what the pager recorded until now."""
         latencies_us = records.latencies_us()
+        TOTALS.fault_latency.add(latencies_us)
         with self._lock:
             self._marks.append((now_us, len(self._latencies_us)))
             while now_us - self._marks[0][0] > _RECENT_US:

@@ -94,6 +94,7 @@ class DaemonProcess:
         ready = json.loads(line)
         self.address = ready["listen"]
         self.page_address = ready["page_listen"]
+        self.metrics_address = ready.get("metrics_listen")
         self.connect(self.address)
 
     @property

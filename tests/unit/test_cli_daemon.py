@@ -26,6 +26,7 @@ def test_daemon_defaults(started):
 def test_daemon_passes_everything_on(started, tmp_path):
     options = ["--listen", "[::1]:0", "--page-listen", "localhost:0", "--state-dir", str(tmp_path), "--ready-fd", "7"]
     options += ["--advertise", "host.example:7400", "--advertise-pages", "[2001:db8::1]:7401"]
+    options += ["--metrics-listen", "127.0.0.1:0", "--log-format", "json"]
 
     assert run("daemon", *options).exit_code == 0
 
@@ -37,6 +38,8 @@ def test_daemon_passes_everything_on(started, tmp_path):
             advertise="host.example:7400",
             advertise_pages="[2001:db8::1]:7401",
             ready_fd=7,
+            metrics_listen="127.0.0.1:0",
+            log_format="json",
         )
     ]
 
@@ -65,12 +68,23 @@ def test_daemon_with_tls_listens_anywhere(started, tmp_path):
     assert started[0].tls_dir == tmp_path
 
 
+def test_daemon_serves_metrics_on_loopback_alone_with_tls_too(started, tmp_path):
+    for options in ([], ["--tls-dir", str(tmp_path)]):
+        result = run("daemon", "--metrics-listen", "0.0.0.0:7402", *options)
+        assert result.exit_code == 2
+        assert "plain HTTP" in result.stderr
+    assert not started
+
+    assert run("daemon", "--metrics-listen", "0.0.0.0:7402", "--insecure").exit_code == 0
+    assert started[0].metrics_listen == "0.0.0.0:7402"
+
+
 def test_daemon_is_either_secure_or_not(started, tmp_path):
     assert run("daemon", "--insecure", "--tls-dir", str(tmp_path)).exit_code == 2
     assert not started
 
 
 def test_daemon_bad_address_is_a_usage_error(started):
-    for option in ("--listen", "--page-listen", "--advertise", "--advertise-pages"):
+    for option in ("--listen", "--page-listen", "--advertise", "--advertise-pages", "--metrics-listen"):
         assert run("daemon", option, "7400").exit_code == 2
     assert not started

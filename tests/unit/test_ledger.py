@@ -106,8 +106,9 @@ def ledger_of(journal):
     ids=lambda value: value.name if isinstance(value, Event) else "",
 )
 def test_end_is_one_line_of_the_log(ledger_of, caplog, side, state, event, error, level, words):
+    ledger = ledger_of(side, state)
     caplog.set_level(logging.INFO)
-    ledger_of(side, state).end_anyhow(event, error)
+    ledger.end_anyhow(event, error)
     assert [(entry.levelno, entry.getMessage()) for entry in caplog.records] == [(level, words)]
 
 
@@ -124,8 +125,8 @@ def test_end_is_written_before_it_is_shown(ledger_of, journal):
 
 
 def test_end_that_cannot_be_written_has_not_happened(ledger_of, journal, caplog):
-    caplog.set_level(logging.INFO)
     ledger = ledger_of(Side.SOURCE, State.POSTCOPY)
+    caplog.set_level(logging.INFO)
     journal.is_full = True
     with pytest.raises(StateDirError):
         ledger.end(Event.END)
@@ -138,8 +139,8 @@ def test_end_that_cannot_be_written_has_not_happened(ledger_of, journal, caplog)
 
 
 def test_end_that_has_happened_is_shown_though_it_cannot_be_written(ledger_of, journal, caplog):
-    caplog.set_level(logging.INFO)
     ledger = ledger_of(Side.DESTINATION, State.POSTCOPY)
+    caplog.set_level(logging.INFO)
     journal.is_full = True
     ledger.end_anyhow(Event.GUEST_LOST, LOST)
     assert ledger.record.state is State.FAILED
