@@ -6,6 +6,7 @@ from typing import Unpack
 import click
 
 from migrate.cli.client import connect
+from migrate.cli.completion import complete_guest
 from migrate.cli.params import (
     GUEST_NAME,
     DaemonAt,
@@ -27,7 +28,8 @@ from migrate.cli.render import (
 from migrate.client import guest_state_word
 from migrate.v1 import types_pb2
 
-_name_argument = click.argument("name", type=GUEST_NAME)
+_new_name_argument = click.argument("name", type=GUEST_NAME)
+_name_argument = click.argument("name", type=GUEST_NAME, shell_complete=complete_guest)
 
 
 @click.group()
@@ -36,7 +38,7 @@ def guest() -> None:
 
 
 @guest.command()
-@_name_argument
+@_new_name_argument
 @guest_options(kind="kvm", memory="1GiB", vcpus=1)
 @click.argument("qemu_options", nargs=-1, metavar="[-- QEMU OPTIONS]")
 @daemon_option
@@ -54,7 +56,7 @@ def create(name: str, qemu_options: tuple[str, ...], daemon: DaemonAt, **options
 
 
 @guest.command()
-@_name_argument
+@_new_name_argument
 @click.option("--qmp", metavar="SOCKET", help="Where the monitor of a QEMU listens, on the daemon's host.")
 @click.option("--socket", metavar="SOCKET", help="Where a program listens that opted in, on the daemon's host.")
 @daemon_option

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from migrate.cli.completion import completion
 from migrate.cli.daemon import daemon
 from migrate.cli.demo import EXIT_TERMINATED, demo
 from migrate.cli.doctor import doctor
@@ -39,6 +40,7 @@ def main() -> None:
 
 
 main.add_command(cancel)
+main.add_command(completion)
 main.add_command(daemon)
 main.add_command(demo)
 main.add_command(doctor)

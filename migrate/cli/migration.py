@@ -8,6 +8,7 @@ from typing import Unpack
 import click
 
 from migrate.cli.client import command_for, connect
+from migrate.cli.completion import complete_guest, complete_migration
 from migrate.cli.params import (
     ENDPOINT,
     GUEST_NAME,
@@ -39,9 +40,11 @@ EXIT_INTERRUPTED = 130
 DAEMON_AWAY_S = AWAY_S
 _HINT = "Ctrl-C detaches; the migration goes on"
 
+_migration_argument = click.argument("migration", required=False, shell_complete=complete_migration)
+
 
 @click.command()
-@click.argument("name", type=GUEST_NAME)
+@click.argument("name", type=GUEST_NAME, shell_complete=complete_guest)
 @click.option("--to", type=ENDPOINT, required=True, help="Control address of the destination daemon.")
 @migration_options()
 @click.option("--detach", is_flag=True, help="Print the migration's id and return at once.")
@@ -72,7 +75,7 @@ def start(
 
 
 @click.command()
-@click.argument("migration", required=False)
+@_migration_argument
 @click.option("--watch", is_flag=True, help="Follow it to its end, through pauses, too.")
 @daemon_option
 @json_option
@@ -95,7 +98,7 @@ def status(migration: str | None, watch: bool, daemon: DaemonAt, as_json: bool) 
 
 
 @click.command()
-@click.argument("migration", required=False)
+@_migration_argument
 @daemon_option
 def switchover(migration: str | None, daemon: DaemonAt) -> None:
     """Have MIGRATION, or the daemon's latest one, switch over now: what is missing follows by postcopy."""
@@ -104,7 +107,7 @@ def switchover(migration: str | None, daemon: DaemonAt) -> None:
 
 
 @click.command()
-@click.argument("migration", required=False)
+@_migration_argument
 @daemon_option
 @json_option
 def cancel(migration: str | None, daemon: DaemonAt, as_json: bool) -> None:
@@ -121,7 +124,7 @@ def cancel(migration: str | None, daemon: DaemonAt, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("migration", required=False)
+@_migration_argument
 @click.option("--to", type=ENDPOINT, help="Control address of the other daemon, if it is another one now.")
 @daemon_option
 @json_option
