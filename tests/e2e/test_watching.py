@@ -6,6 +6,7 @@ import pytest
 
 from migrate.client import Client, pages_present
 from migrate.v1 import types_pb2 as types
+from tests.harness import cli
 from tests.harness.operator import check_runs
 from tests.harness.waiting import wait_until
 
@@ -67,3 +68,27 @@ def test_nothing_stays_of_what_was_watched(moving, source, destination):
 
     assert not source.migration(moving).HasField("live")
     assert not destination.migration(moving).HasField("live")
+
+
+def test_list_with_peers_tells_both_ends(moving, source, destination):
+    for asked in (source, destination):
+        ends = [
+            end
+            for end in cli.json_of(cli.run("list", "--peers", "--json", daemon=asked))
+            if end["migration_id"] == moving
+        ]
+        assert [(end["side"], end["daemon"]) for end in ends] == [
+            ("source", source.address),
+            ("destination", destination.address),
+        ]
+        assert {end["guest"] for end in ends} == {"watched"}
+
+
+@pytest.mark.parametrize("end", ["source", "destination"])
+def test_status_watch_ends_with_the_migration(moving, source, destination, end):
+    watched = cli.run("status", moving, "--watch", daemon=source if end == "source" else destination)
+
+    assert watched.exit_code == 0
+    assert any(line.startswith("postcopy ") for line in watched.stderr.splitlines())
+    assert watched.stderr.splitlines()[-1].startswith("completed 100%")
+    assert "completed" in watched.stdout
