@@ -82,9 +82,7 @@ class World:
         self.drain = self.make(parallel)
 
     def make(self, parallel=2, addresses=None):
-        terms = DrainTerms(
-            parallel, WAIT_S, lambda guest, to: migration_service_pb2.StartMigrationRequest(guest=guest, to=to)
-        )
+        terms = DrainTerms(parallel, WAIT_S, {})
         made = Drain(
             DaemonAt(self.source.address),
             [DaemonAt(address) for address in addresses or self.addresses],
