@@ -85,7 +85,8 @@ def _draw(text: str, uri: str, assets: dict[str, str]) -> str:
         source = match[1]
         drawn = f"diagrams/{sha256(source.encode()).hexdigest()[:16]}.svg"
         if drawn not in assets:
-            assets[drawn] = mmdr.render(source).svg()
+            # Its lines are dark, and a page may be, too.
+            assets[drawn] = mmdr.render(source).svg().replace('style="', 'style="background:white;', 1)
         return f"![{source.split()[0]}]({posixpath.relpath(drawn, posixpath.dirname(uri) or '.')})"
 
     return DIAGRAM.sub(image, text)

@@ -13,8 +13,9 @@ HEAD = """# Python modules
 
 What other programs may import, from the docstrings.
 """
-# In what a default value is shown as.
+# In what a default value or a type is shown as.
 ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+CLASS = re.compile(r"<class '([\w.]+)'>")
 SECTION = re.compile(r"^(Args|Attributes|Raises|Returns|Yields|Example|Examples):$")
 
 
@@ -69,7 +70,8 @@ def _signature(name: str, value: object) -> str:
         signature = str(inspect.signature(value))  # type: ignore[arg-type]
     except (TypeError, ValueError):
         return ""
-    return f"```python\n{name}{ADDRESS.sub('', signature)}\n```\n"
+    readable = CLASS.sub(r"\1", ADDRESS.sub("", signature))
+    return f"```python\n{name}{readable}\n```\n"
 
 
 def _markdown(value: object) -> str:
