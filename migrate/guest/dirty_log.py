@@ -1,20 +1,16 @@
 """A dirty log of a process's memory in a memfd, as the guest protocol has it, for every guest without KVM's."""
 
 import contextlib
-import fcntl
 import mmap
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from migrate.errors import MigrateError
+from migrate.guest.memfd import sealed_memfd
 from migrate.native import uffd
 from migrate.native.dirty_scan import DirtyScan, check_dirty_scan, open_pagemap
 from migrate.units import PAGE_SIZE_BYTES
-
-_MFD_FLAGS = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
-_F_ADD_SEALS = 1033
-_F_SEAL_SHRINK_GROW = 0x2 | 0x4
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +59,11 @@ class ScanLog:
         name: str,
         close_uffd: Callable[[], None],
     ) -> None:
-        size_bytes = -(-(memory_bytes // PAGE_SIZE_BYTES) // 64) * 8
         with contextlib.ExitStack() as stack:
             stack.callback(close_uffd)
             self._scan = DirtyScan(uffd_fd, pagemap_fd, hva, memory_bytes)
             stack.callback(self._scan.stop)
-            self.memfd, self._bitmap = make_bitmap(name, size_bytes)
+            self.memfd, self._bitmap = make_bitmap(name, memory_bytes)
             stack.callback(os.close, self.memfd)
             stack.callback(self._bitmap.close)
             self._stack = stack.pop_all()
@@ -93,9 +88,8 @@ class ScanLog:
         self._stack.close()
 
 
-def make_bitmap(name: str, size_bytes: int) -> tuple[int, mmap.mmap]:
-    """The memfd of a dirty log, of a size that stays, and where it is mapped."""
-    memfd = os.memfd_create(f"migrate-{name}-dirty", _MFD_FLAGS)
-    os.ftruncate(memfd, size_bytes)
-    fcntl.fcntl(memfd, _F_ADD_SEALS, _F_SEAL_SHRINK_GROW)
+def make_bitmap(name: str, memory_bytes: int) -> tuple[int, mmap.mmap]:
+    """The memfd of a dirty log, of 64-bit words with a bit for each page, and where it is mapped."""
+    size_bytes = -(-(memory_bytes // PAGE_SIZE_BYTES) // 64) * 8
+    memfd = sealed_memfd(f"migrate-{name}-dirty", size_bytes)
     return memfd, mmap.mmap(memfd, size_bytes)

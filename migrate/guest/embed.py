@@ -16,14 +16,10 @@ from pathlib import Path
 
 from migrate.errors import ConfigError, GuestGoneError, RemoteProtocolError
 from migrate.guest import protocol
+from migrate.guest.memfd import sealed_memfd
 from migrate.guest.program import wire
 from migrate.guest.program.wire import Ask, Flag, Message
 
-_MFD_FLAGS = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
-_F_ADD_SEALS = 1033
-_F_SEAL_SHRINK_GROW = 0x2 | 0x4
-_MADV_NOHUGEPAGE = 15
-_MADV_DONTDUMP = 16
 _NR_USERFAULTFD = 323
 _UFFD_USER_MODE_ONLY = 1
 _USERFAULTFD_IOC_NEW = 0xAA00
@@ -73,14 +69,12 @@ class Program:
         self._uffd = -1
         step = wire.MEMORY_STEP_BYTES
         self.memory_bytes = max(wire.MEMORY_MIN_BYTES, -(-memory_bytes // step) * step)
-        self._memfd = os.memfd_create(f"migrate-{name}", _MFD_FLAGS)
-        os.ftruncate(self._memfd, self.memory_bytes)
-        fcntl.fcntl(self._memfd, _F_ADD_SEALS, _F_SEAL_SHRINK_GROW)
+        self._memfd = sealed_memfd(f"migrate-{name}", self.memory_bytes)
         protection = 0 if self.is_incoming else mmap.PROT_READ | mmap.PROT_WRITE
         self.memory = mmap.mmap(self._memfd, self.memory_bytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
         self._hva = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
         self._protect(protection)
-        for advice in (_MADV_NOHUGEPAGE, _MADV_DONTDUMP, mmap.MADV_DONTFORK):
+        for advice in (mmap.MADV_NOHUGEPAGE, mmap.MADV_DONTDUMP, mmap.MADV_DONTFORK):
             self.memory.madvise(advice)
         try:
             self._pagemap_fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)

@@ -4,7 +4,6 @@ GIL rule: once RAM is armed, no Python here dereferences it. Statistics come fro
 """
 
 import ctypes
-import fcntl
 import mmap
 import os
 import secrets
@@ -24,6 +23,7 @@ from migrate.errors import (
 from migrate.guest.dirty_log import OwnScan, ScanLog, make_bitmap
 from migrate.guest.features import check_cpuid_supported
 from migrate.guest.layout import layout_of, payload_params
+from migrate.guest.memfd import sealed_memfd
 from migrate.guest.spec import check_spec
 from migrate.native import uffd
 from migrate.native.machine import MAILBOX_BYTES, Machine, check_vcpu_state, supported_cpuid
@@ -36,11 +36,6 @@ STATE_VERSION = 1
 STALL_MIN_US = 15.0
 _PAUSE_TIMEOUT_US = 5_000_000
 _AUDIT_POLL_S = 0.002
-_MFD_FLAGS = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
-_F_ADD_SEALS = 1033
-_F_SEAL_SHRINK_GROW = 0x2 | 0x4
-_MADV_NOHUGEPAGE = 15
-_MADV_DONTDUMP = 16
 
 
 class WorkloadGuest:
@@ -61,12 +56,10 @@ class WorkloadGuest:
         self._incoming = bool(description.regions)
         self._cpuid = self._choose_cpuid(description)
         self._spec = spec
-        self.memfd = os.memfd_create(f"migrate-{spec.name}", _MFD_FLAGS)
-        os.ftruncate(self.memfd, spec.memory_bytes)
-        fcntl.fcntl(self.memfd, _F_ADD_SEALS, _F_SEAL_SHRINK_GROW)
+        self.memfd = sealed_memfd(f"migrate-{spec.name}", spec.memory_bytes)
         self._ram = mmap.mmap(self.memfd, spec.memory_bytes)
-        self._ram.madvise(_MADV_NOHUGEPAGE)
-        self._ram.madvise(_MADV_DONTDUMP)
+        self._ram.madvise(mmap.MADV_NOHUGEPAGE)
+        self._ram.madvise(mmap.MADV_DONTDUMP)
         self._mailboxes = mmap.mmap(-1, spec.vcpus * MAILBOX_BYTES)
         self._ram_hva = ctypes.addressof(ctypes.c_char.from_buffer(self._ram))
         mailbox_hva = ctypes.addressof(ctypes.c_char.from_buffer(self._mailboxes))
@@ -334,8 +327,7 @@ class _KvmLog:
     def __init__(self, machine: Machine, spec: types.GuestSpec) -> None:
         self._machine = machine
         machine.start_dirty_log()
-        size_bytes = -(-(spec.memory_bytes // PAGE_SIZE_BYTES) // 64) * 8
-        self.memfd, self._bitmap = make_bitmap(spec.name, size_bytes)
+        self.memfd, self._bitmap = make_bitmap(spec.name, spec.memory_bytes)
 
     def sync(self, *, keep: bool) -> int:
         """As the guest has it."""

@@ -5,31 +5,20 @@ Its RAM is compared with a reference copy, which is what the guest itself believ
 
 import contextlib
 import ctypes
-import fcntl
 import mmap
 import os
 
 from migrate.daemon.guests import GuestRegistry, HostedGuest
 from migrate.errors import AlreadyExistsError, GuestBusyError, GuestGoneError, KvmError, UffdUnavailableError
+from migrate.guest.memfd import sealed_memfd
 from migrate.native import uffd
 from migrate.v1 import guest_protocol_pb2 as guest_protocol
 from migrate.v1 import types_pb2 as types
 
 PAGE = 4096
 WRITTEN_BYTES = 16
-_MFD_FLAGS = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
-_F_ADD_SEALS = 1033
-_F_SEAL_SHRINK_GROW = 0x2 | 0x4
 _EIO = 5
 _STATE = b"the vCPUs of the model after %d touches"
-
-
-def make_memfd(name, size_bytes):
-    """As migrate.guest.workload makes one."""
-    memfd = os.memfd_create(name, _MFD_FLAGS)
-    os.ftruncate(memfd, size_bytes)
-    fcntl.fcntl(memfd, _F_ADD_SEALS, _F_SEAL_SHRINK_GROW)
-    return memfd
 
 
 def data_extents(memfd):
@@ -63,7 +52,7 @@ class ModelGuest:
         self._failing = dict(failing or {})
         self._on_resume = on_resume
         self.pages = description.spec.memory_bytes // PAGE
-        self.memfd = make_memfd("model", self.pages * PAGE)
+        self.memfd = sealed_memfd("model", self.pages * PAGE)
         self._ram = mmap.mmap(self.memfd, self.pages * PAGE)
         self.hva = ctypes.addressof(ctypes.c_char.from_buffer(self._ram))
         self._uffd = None
@@ -129,7 +118,7 @@ class ModelGuest:
     def start_dirty_log(self):
         self._enter("start_dirty_log")
         if self._log_memfd is None:
-            self._log_memfd = make_memfd("model-dirty", -(-self.pages // 64) * 8)
+            self._log_memfd = sealed_memfd("model-dirty", -(-self.pages // 64) * 8)
         self.dirty = set()
         self.has_ended_log = False
         return os.dup(self._log_memfd)

@@ -5,7 +5,6 @@ in its place. Nothing but what changes the guest asks the program anything: one 
 """
 
 import contextlib
-import fcntl
 import os
 import secrets
 import socket
@@ -27,6 +26,7 @@ from migrate.errors import (
     UnsupportedHostError,
 )
 from migrate.guest.dirty_log import OwnScan, ScanLog
+from migrate.guest.memfd import is_sealed
 from migrate.guest.program import wire
 from migrate.guest.program.control import Control, connect
 from migrate.guest.program.wire import Ask, Flag
@@ -38,8 +38,6 @@ from migrate.v1 import guest_protocol_pb2 as pb
 from migrate.v1 import types_pb2 as types
 
 STATE_VERSION = 1
-_F_GET_SEALS = 1034
-_F_SEAL_SHRINK_GROW = 0x2 | 0x4
 
 
 class ProgramGuest:
@@ -133,12 +131,8 @@ class ProgramGuest:
 
     def _check_memory(self, memory_bytes: int) -> None:
         """Whether the daemon may map it: memory that shrinks would end whoever looks at it."""
-        try:
-            seals = fcntl.fcntl(self.memfd, _F_GET_SEALS) if self.memfd >= 0 else 0
-            is_sealed = seals & _F_SEAL_SHRINK_GROW == _F_SEAL_SHRINK_GROW
-        except OSError:
-            is_sealed = False
-        if not is_sealed or os.fstat(self.memfd).st_size != memory_bytes or self._hva % PAGE_SIZE_BYTES:
+        is_sized = self.memfd >= 0 and is_sealed(self.memfd) and os.fstat(self.memfd).st_size == memory_bytes
+        if not is_sized or self._hva % PAGE_SIZE_BYTES:
             raise ConfigError(
                 "the program's memory is no memfd of a sealed size",
                 remedy="use the memory that migrate's library gives (docs/embedding.md)",

@@ -1,7 +1,6 @@
 """Starts a QEMU whose RAM is a sealed memfd, and whose monitor nobody else has."""
 
 import contextlib
-import fcntl
 import os
 import socket
 import subprocess
@@ -9,14 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from migrate.errors import GuestGoneError, MigrateError, MissingFeatureError, QemuError, UnsupportedHostError
+from migrate.guest.memfd import sealed_memfd
 from migrate.guest.qemu.command import command_line, program
 from migrate.guest.qemu.faults import Faults, InjectedFaults, listening, needs_preload
 from migrate.guest.qemu.qmp import Qmp
 from migrate.v1 import types_pb2 as types
 
-_MFD_FLAGS = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
-_F_ADD_SEALS = 1033
-_F_SEAL_SHRINK_GROW = 0x2 | 0x4
 _LOG = "qemu.log"
 _LAST_WORDS_BYTES = 2000
 
@@ -47,9 +44,7 @@ def launch(spec: types.GuestSpec, directory: Path, machine_type: str) -> Launche
     Raises:
         MigrateError: QEMU did not start, in its own words.
     """
-    ram_fd = os.memfd_create(f"migrate-{spec.name}", _MFD_FLAGS)
-    os.ftruncate(ram_fd, spec.memory_bytes)
-    fcntl.fcntl(ram_fd, _F_ADD_SEALS, _F_SEAL_SHRINK_GROW)
+    ram_fd = sealed_memfd(f"migrate-{spec.name}", spec.memory_bytes)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     command = command_line(
         spec,
