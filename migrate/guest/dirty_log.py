@@ -3,12 +3,11 @@
 import contextlib
 import mmap
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from migrate.errors import MigrateError
 from migrate.guest.memfd import sealed_memfd
-from migrate.native import uffd
+from migrate.guest.userfaultfd import Userfaultfd
 from migrate.native.dirty_scan import DirtyScan, check_dirty_scan, open_pagemap
 from migrate.units import PAGE_SIZE_BYTES
 
@@ -39,45 +38,24 @@ class ScanLog:
     """Pages that one process writes, in a memfd of a bit for each page.
 
     Args:
-        uffd_fd: A userfaultfd of the process, hands shaken for a dirty scan.
-        pagemap_fd: Its page map.
+        opened: A userfaultfd of the process, hands shaken for a dirty scan; closed at the end, and if it cannot begin.
         hva: Where its RAM is.
         memory_bytes: How much that is.
         name: The guest's.
-        close_uffd: Called at the end, and if it could not begin.
 
     Raises:
         MigrateError: the kernel refused.
     """
 
-    def __init__(
-        self,
-        uffd_fd: int,
-        pagemap_fd: int,
-        hva: int,
-        memory_bytes: int,
-        name: str,
-        close_uffd: Callable[[], None],
-    ) -> None:
+    def __init__(self, opened: Userfaultfd, hva: int, memory_bytes: int, name: str) -> None:
         with contextlib.ExitStack() as stack:
-            stack.callback(close_uffd)
-            self._scan = DirtyScan(uffd_fd, pagemap_fd, hva, memory_bytes)
+            stack.callback(opened.close)
+            self._scan = DirtyScan(opened.fd, opened.pagemap_fd, hva, memory_bytes)
             stack.callback(self._scan.stop)
             self.memfd, self._bitmap = make_bitmap(name, memory_bytes)
             stack.callback(os.close, self.memfd)
             stack.callback(self._bitmap.close)
             self._stack = stack.pop_all()
-
-    @classmethod
-    def of_own_memory(cls, own: OwnScan, hva: int, memory_bytes: int, name: str) -> "ScanLog":
-        """A log of this very process.
-
-        Raises:
-            MigrateError: the kernel refused.
-        """
-        # The write-protection lifts itself, whoever writes: no fault is ever reported, so user mode suffices.
-        opened = uffd.open_uffd(user_mode_only=True, with_wp=True)
-        return cls(opened, own.pagemap_fd, hva, memory_bytes, name, lambda: os.close(opened))
 
     def sync(self, *, keep: bool) -> int:
         """Move what was noted into the memfd; how many pages that are. With `keep`, it stays noted, too."""

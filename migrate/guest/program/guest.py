@@ -6,15 +6,11 @@ in its place. Nothing but what changes the guest asks the program anything: one 
 
 import contextlib
 import os
-import secrets
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
-
-from google.protobuf.message import DecodeError
 
 from migrate.errors import (
     ConfigError,
@@ -25,23 +21,23 @@ from migrate.errors import (
     RemoteProtocolError,
     UnsupportedHostError,
 )
-from migrate.guest.dirty_log import OwnScan, ScanLog
+from migrate.guest.dirty_log import OwnScan
 from migrate.guest.memfd import is_sealed
+from migrate.guest.port import Guest
 from migrate.guest.program import wire
 from migrate.guest.program.control import Control, connect
 from migrate.guest.program.wire import Ask, Flag
 from migrate.guest.spec import check_spec
+from migrate.guest.userfaultfd import Userfaultfd
 from migrate.guest.watched import Watched
 from migrate.native import uffd
 from migrate.units import PAGE_SIZE_BYTES
 from migrate.v1 import guest_protocol_pb2 as pb
 from migrate.v1 import types_pb2 as types
 
-STATE_VERSION = 1
 
-
-class ProgramGuest:
-    """One program and its state: RUNNING ⇄ PAUSED, or INCOMING until it first runs.
+class ProgramGuest(Guest):
+    """One program.
 
     Args:
         description: The guest; one with an empty `regions` begins its life here, or runs already.
@@ -56,14 +52,8 @@ class ProgramGuest:
     def __init__(
         self, description: types.GuestDescription, program: Path | None, scan: OwnScan, on_end: Callable[[], None]
     ) -> None:
-        self.instance = secrets.token_hex(8)
-        self._lock = threading.RLock()
-        self._spec = types.GuestSpec()
-        self._spec.CopyFrom(description.spec)
+        super().__init__(description)
         self._is_ours = not description.spec.process.socket
-        self._is_incoming = bool(description.regions)
-        self._uffd: int | None = None
-        self._dirty_log: ScanLog | None = None
         self._child: subprocess.Popen[bytes] | None = None
         if self._is_ours:
             self._start(program)
@@ -114,7 +104,6 @@ class ProgramGuest:
         self._hva = hello.hva
         flags = Flag(hello.flags)
         self._has_run, self._is_running = Flag.HAS_RUN in flags, Flag.RUNNING in flags
-        self._is_loaded = not self._is_incoming
         known = self._spec.process.program
         if known and hello.text != known:
             raise MissingFeatureError(f"what runs here is program {hello.text[:80]!r}, not {known!r}")
@@ -140,191 +129,57 @@ class ProgramGuest:
 
     # ---- what it is ----
 
-    @property
-    def is_armed(self) -> bool:
-        """Whether RAM is registered, so that pages may be missing."""
-        return self._uffd is not None
-
-    @property
-    def state(self) -> "types.GuestState.ValueType":
-        """What the guest does now."""
-        if not self._has_run:
-            return types.GUEST_STATE_INCOMING
-        return types.GUEST_STATE_RUNNING if self._is_running else types.GUEST_STATE_PAUSED
-
     def describe(self) -> types.GuestDescription:
         """The guest, and what it occupies now; without what only this host knows of it."""
-        region = types.RamRegion(
-            region=0, size_bytes=self._spec.memory_bytes, resident_bytes=os.fstat(self.memfd).st_blocks * 512
-        )
-        description = types.GuestDescription(spec=self._spec, page_size_bytes=PAGE_SIZE_BYTES, regions=[region])
+        description = super().describe()
         description.spec.process.socket = ""
         return description
 
     # ---- the program itself ----
 
-    def pause(self) -> None:
-        """Have the program stand still.
+    def _stop(self) -> None:
+        self._control.call_plain(Ask.PAUSE, undo=Ask.RESUME)
 
-        Raises:
-            GuestBusyError: it never ran, or does not come to rest; it runs on.
-            ProgramError: it says that it cannot.
-        """
-        with self._lock:
-            if not self._has_run:
-                raise GuestBusyError("the guest has not arrived yet")
-            self._control.call_plain(Ask.PAUSE, undo=Ask.RESUME)
-            self._is_running = False
+    def _go(self) -> None:
+        self._control.call_plain(Ask.RESUME)
 
-    def resume(self) -> None:
-        """Let the program run.
+    def _save(self, state: pb.MachineState) -> int:
+        """What the program says that its memory does not hold."""
+        fd = self._control.call_for_fd(Ask.SAVE)
+        try:
+            state.program_state = wire.read_state(fd)
+        finally:
+            os.close(fd)
+        return 0
 
-        Raises:
-            GuestBusyError: its state has not been loaded.
-            ProgramError: it says that it cannot.
-        """
-        with self._lock:
-            if not self._is_loaded:
-                raise GuestBusyError("the guest has not arrived yet")
-            self._control.call_plain(Ask.RESUME)
-            self._has_run = self._is_running = True
+    def _load(self, state: pb.MachineState) -> None:
+        if state.vcpus or state.mailbox:
+            raise RemoteProtocolError("the state is no program's")
+        fd = wire.state_file(state.program_state)
+        try:
+            self._control.call_plain(Ask.LOAD, (fd,))
+        finally:
+            os.close(fd)
 
-    def save_state(self) -> tuple[bytes, int]:
-        """What a paused program says that its memory does not hold.
+    def _find_ram(self) -> int:
+        return self._hva
 
-        Raises:
-            GuestBusyError: it is not paused.
-            ProgramError: it says that it cannot.
-        """
-        with self._lock:
-            if self.state != types.GUEST_STATE_PAUSED:
-                raise GuestBusyError("state is saved of a paused guest only")
-            fd = self._control.call_for_fd(Ask.SAVE)
-            try:
-                saved = wire.read_state(fd)
-            finally:
-                os.close(fd)
-            state = pb.MachineState(version=STATE_VERSION, kind=self._spec.kind, program_state=saved)
-            return state.SerializeToString(), 0
-
-    def load_state(self, serialized: bytes) -> None:
-        """Have the program take over what it said elsewhere. It may touch its memory: pages must come.
-
-        Raises:
-            GuestBusyError: this one has a state already.
-            RemoteProtocolError: not a state of such a guest; nothing was changed.
-            ProgramError: it says that it cannot.
-        """
-        with self._lock:
-            if self._is_loaded:
-                raise GuestBusyError("the guest has a state already")
-            state = pb.MachineState()
-            try:
-                state.ParseFromString(serialized)
-            except DecodeError as error:
-                raise RemoteProtocolError("the guest's state is not a message") from error
-            if (state.version, state.kind) != (STATE_VERSION, self._spec.kind) or state.vcpus or state.mailbox:
-                raise RemoteProtocolError(f"state is version {state.version} of kind {state.kind}, or no program's")
-            fd = wire.state_file(state.program_state)
-            try:
-                self._control.call_plain(Ask.LOAD, (fd,))
-            finally:
-                os.close(fd)
-            self._is_loaded = True
-
-    # ---- pages ----
-
-    def arm(self) -> tuple[int, int]:
-        """Register RAM; the userfaultfd, of which the program has a copy too, and RAM's address there. Repeatable.
-
-        Raises:
-            UffdUnavailableError: none is to be had here.
-        """
-        with self._lock:
-            if self._uffd is None:
-                if self._has_run:
-                    raise GuestBusyError("RAM is armed before a guest runs")
-                opened = self._open_uffd(with_wp=False)
-                try:
-                    uffd.register_missing(opened, self._hva, self._spec.memory_bytes)
-                except MigrateError:
-                    self._close_uffd(opened)
-                    raise
-                self._uffd = opened
-            return self._uffd, self._hva
-
-    def disarm(self) -> None:
-        """Let RAM go: holes read as zero from now on. Repeatable."""
-        with self._lock:
-            if self._uffd is not None:
-                uffd.unregister(self._uffd, self._hva, self._spec.memory_bytes)
-                opened, self._uffd = self._uffd, None
-                self._close_uffd(opened)
-
-    def start_dirty_log(self) -> int:
-        """Note the pages that the program writes; the memfd of the log. Repeatable: the log begins anew.
-
-        Raises:
-            UnsupportedHostError: there is no such log here.
-        """
-        if self.no_dirty_log:
-            raise UnsupportedHostError(f"the guest cannot note what it writes: {self.no_dirty_log}")
-        with self._lock:
-            self.stop_dirty_log()
-            opened, spec = self._open_uffd(with_wp=True), self._spec
-            self._dirty_log = ScanLog(
-                opened, self._pagemap_fd, self._hva, spec.memory_bytes, spec.name, lambda: self._close_uffd(opened)
-            )
-            return self._dirty_log.memfd
-
-    def sync_dirty_log(self, *, keep: bool) -> int:
-        """Move what was noted into the log's memfd; how many pages that are. With `keep`, it stays noted, too.
-
-        Raises:
-            GuestBusyError: no log was begun.
-        """
-        with self._lock:
-            if self._dirty_log is None:
-                raise GuestBusyError("no dirty log was begun")
-            return self._dirty_log.sync(keep=keep)
-
-    def stop_dirty_log(self) -> None:
-        """Note nothing any more. Repeatable."""
-        with self._lock:
-            log, self._dirty_log = self._dirty_log, None
-            if log is not None:
-                log.close()
-
-    def _open_uffd(self, *, with_wp: bool) -> int:
+    def _open_uffd(self, *, with_wp: bool) -> Userfaultfd:
+        """One of which the program has a copy too."""
         opened = self._control.call_for_fd(Ask.OPEN_UFFD)
+
+        def close() -> None:
+            os.close(opened)
+            # Nothing is registered with it any more: at worst, a descriptor stays behind.
+            with contextlib.suppress(MigrateError):
+                self._control.call_plain(Ask.CLOSE_UFFD)
+
         try:
             uffd.shake_hands(opened, with_missing=not with_wp, with_wp=with_wp)
         except MigrateError:
-            self._close_uffd(opened)
+            close()
             raise
-        return opened
-
-    def _close_uffd(self, opened: int) -> None:
-        os.close(opened)
-        # Nothing is registered with it any more: at worst, a descriptor stays behind.
-        with contextlib.suppress(MigrateError):
-            self._control.call_plain(Ask.CLOSE_UFFD)
-
-    # ---- what it knows of itself ----
-
-    def statistics(self) -> types.GuestStatistics:
-        """Nothing: what the program does is not ours to ask."""
-        return types.GuestStatistics()
-
-    def audit(self, deadline_us: int) -> types.GuestStatistics:  # noqa: ARG002 - the port's
-        """Cannot be had.
-
-        Raises:
-            UnsupportedHostError: always.
-        """
-        raise UnsupportedHostError(
-            "a program has no workload of ours that could compare its pages", remedy="migrate with --verify"
-        )
+        return Userfaultfd(opened, self._pagemap_fd, close)
 
     # ---- how it ends ----
 

@@ -5,25 +5,16 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from migrate.errors import MigrateError, UnsupportedHostError
+from migrate.guest.userfaultfd import Userfaultfd
 from migrate.native import preload, uffd
 from migrate.native.dirty_scan import open_pagemap
 from migrate.native.inject import check_may_trace, close_uffd_in, open_uffd_in
 
 PRELOAD_VARIABLE = "MIGRATE_QEMU_PRELOAD"
 _PRELOAD_S = 10.0
-
-
-@dataclass(frozen=True, slots=True)
-class Opened:
-    """A userfaultfd of QEMU with hands shaken, and the page map of its process, until `close`."""
-
-    fd: int
-    pagemap_fd: int
-    close: Callable[[], None]
 
 
 class InjectedFaults:
@@ -46,7 +37,7 @@ class InjectedFaults:
         """
         self.open(with_wp=False).close()
 
-    def open(self, *, with_wp: bool) -> Opened:
+    def open(self, *, with_wp: bool) -> Userfaultfd:
         """One more.
 
         Args:
@@ -74,7 +65,7 @@ class InjectedFaults:
         except MigrateError:
             close()
             raise
-        return Opened(remote.fd, pagemap_fd, close)
+        return Userfaultfd(remote.fd, pagemap_fd, close)
 
 
 class PreloadedFaults:
@@ -82,9 +73,9 @@ class PreloadedFaults:
 
     def __init__(self, announced: preload.Announcement) -> None:
         uffd.shake_hands(announced.uffd, with_missing=True, with_wp=True)
-        self._opened = Opened(announced.uffd, announced.pagemap_fd, lambda: None)
+        self._opened = Userfaultfd(announced.uffd, announced.pagemap_fd, lambda: None)
 
-    def open(self, *, with_wp: bool) -> Opened:  # noqa: ARG002 - it has all features
+    def open(self, *, with_wp: bool) -> Userfaultfd:  # noqa: ARG002 - it has all features
         """That one."""
         return self._opened
 

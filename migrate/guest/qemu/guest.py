@@ -8,14 +8,10 @@ that change the guest asks QEMU anything: one that waits for a page answers nobo
 import contextlib
 import mmap
 import os
-import secrets
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from google.protobuf.message import DecodeError
 
 from migrate.errors import (
     GuestBusyError,
@@ -25,25 +21,25 @@ from migrate.errors import (
     RemoteProtocolError,
     UnsupportedHostError,
 )
-from migrate.guest.dirty_log import OwnScan, ScanLog
+from migrate.guest.dirty_log import OwnScan
 from migrate.guest.features import check_cpuid_supported
+from migrate.guest.port import Guest
 from migrate.guest.protocol import PACKET_MAX_BYTES
 from migrate.guest.qemu.attach import attach, machine_type_of
 from migrate.guest.qemu.command import check_qemu_spec
-from migrate.guest.qemu.faults import Faults, InjectedFaults, Opened
+from migrate.guest.qemu.faults import Faults, InjectedFaults
 from migrate.guest.qemu.features import cpuid_of
 from migrate.guest.qemu.launch import last_words, launch
 from migrate.guest.qemu.process import Mapping, find_mapping
+from migrate.guest.userfaultfd import Userfaultfd
 from migrate.guest.watched import Watched
-from migrate.native import uffd
-from migrate.units import PAGE_SIZE_BYTES, format_bytes
+from migrate.units import format_bytes
 from migrate.v1 import guest_protocol_pb2 as pb
 from migrate.v1 import types_pb2 as types
 
 if TYPE_CHECKING:
     import subprocess
 
-STATE_VERSION = 1
 _INCOMING = "inmigrate"
 _CAPABILITIES = {"x-ignore-shared": True, "events": True}
 # The state was saved, but QEMU has not yet come to rest.
@@ -53,8 +49,8 @@ _REST_S = 10.0
 STATE_MAX_BYTES = PACKET_MAX_BYTES - (4 << 10)
 
 
-class QemuGuest:
-    """One QEMU and its state: RUNNING ⇄ PAUSED, or INCOMING until it first runs.
+class QemuGuest(Guest):
+    """One QEMU.
 
     Args:
         description: The guest; one with an empty `regions` begins its life here, or runs already.
@@ -69,22 +65,15 @@ class QemuGuest:
     def __init__(
         self, description: types.GuestDescription, directory: Path, scan: OwnScan, on_end: Callable[[], None]
     ) -> None:
+        super().__init__(description)
         self.no_dirty_log = scan.obstacle
-        self.instance = secrets.token_hex(8)
         self._directory = directory
-        self._lock = threading.RLock()
-        self._armed: Opened | None = None
-        self._saved_state: bytes | None = None
+        self._saved_stream: bytes | None = None
         self._stream_fd: int | None = None
         self._owners_capabilities: dict[str, bool] = {}
         self._is_loading = False
         self._mapping: Mapping | None = None
-        self._dirty_log: ScanLog | None = None
         self._is_ours = not description.spec.qemu.qmp_socket
-        self._spec = types.GuestSpec()
-        self._spec.CopyFrom(description.spec)
-        self._is_incoming = bool(description.regions)
-        self._is_running = False
         self._has_run = not self._is_incoming
         directory.mkdir(mode=0o700, exist_ok=True)
         if self._is_ours:
@@ -152,30 +141,11 @@ class QemuGuest:
 
     # ---- what it is ----
 
-    @property
-    def is_armed(self) -> bool:
-        """Whether RAM is registered, so that pages may be missing."""
-        return self._armed is not None
-
-    @property
-    def state(self) -> "types.GuestState.ValueType":
-        """What the guest does now, as far as QEMU has said."""
-        if not self._has_run:
-            return types.GUEST_STATE_INCOMING
-        return types.GUEST_STATE_RUNNING if self._is_running else types.GUEST_STATE_PAUSED
-
     def describe(self) -> types.GuestDescription:
         """The guest, and what it occupies now; without what only this host knows of it."""
-        region = types.RamRegion(
-            region=0, size_bytes=self._spec.memory_bytes, resident_bytes=os.fstat(self.memfd).st_blocks * 512
-        )
-        description = types.GuestDescription(
-            spec=self._spec,
-            page_size_bytes=PAGE_SIZE_BYTES,
-            regions=[region],
-            cpuid=self._cpuid,
-            machine_type=self._machine_type,
-        )
+        description = super().describe()
+        description.cpuid.extend(self._cpuid)
+        description.machine_type = self._machine_type
         description.spec.qemu.qmp_socket = ""
         return description
 
@@ -185,34 +155,21 @@ class QemuGuest:
 
     # ---- vCPUs and devices ----
 
-    def pause(self) -> None:
-        """Stop the vCPUs.
+    def _stop(self) -> None:
+        if not self._is_ours and not self._owners_capabilities:
+            self._owners_capabilities = self._qmp.set_capabilities(_CAPABILITIES)
+        self._qmp.call("stop")
 
-        Raises:
-            GuestBusyError: it never ran, or QEMU waits for a page.
-        """
-        with self._lock:
-            if not self._has_run:
-                raise GuestBusyError("the guest has not arrived yet")
-            if not self._is_ours and not self._owners_capabilities:
-                self._owners_capabilities = self._qmp.set_capabilities(_CAPABILITIES)
-            self._qmp.call("stop")
-            self._is_running = False
+    def _go(self) -> None:
+        if self._saved_stream is not None:
+            self._await_rest()
+        self._qmp.call("cont")
+        self._saved_stream = None
 
     def resume(self) -> None:
-        """Let the vCPUs run.
-
-        Raises:
-            GuestBusyError: its state has not been loaded.
-        """
+        """Let the vCPUs run; its owner's capabilities are as they were."""
         with self._lock:
-            if self._is_incoming:
-                raise GuestBusyError("the guest has not arrived yet")
-            if self._saved_state is not None:
-                self._await_rest()
-            self._qmp.call("cont")
-            self._saved_state = None
-            self._has_run = self._is_running = True
+            super().resume()
             if self._owners_capabilities:
                 self._qmp.set_capabilities(self._owners_capabilities)
                 self._owners_capabilities = {}
@@ -224,52 +181,29 @@ class QemuGuest:
             if time.monotonic() > until_s:
                 raise GuestBusyError("QEMU does not come to rest after it saved its state")
 
-    def save_state(self) -> tuple[bytes, int]:
-        """QEMU's own stream of a paused guest, RAM left out. The guest may run on afterwards.
+    def _save(self, state: pb.MachineState) -> int:
+        """QEMU's own stream, RAM left out."""
+        if self._saved_stream is None:  # QEMU saves once for each time that it stops
+            self._saved_stream = self._stream_through("migrate", b"")
+        state.qemu_stream = self._saved_stream
+        if state.ByteSize() > STATE_MAX_BYTES:
+            raise QemuError(
+                f"the state of its devices is {format_bytes(state.ByteSize())}, which is more than"
+                f" {format_bytes(STATE_MAX_BYTES)}",
+                remedy="leave out the boot ROMs of network cards (romfile=), and graphics cards",
+            )
+        return 0
 
-        Raises:
-            GuestBusyError: it is not paused.
-            QemuError: QEMU cannot say it all: a device of it cannot be migrated.
-        """
-        with self._lock:
-            if self.state != types.GUEST_STATE_PAUSED:
-                raise GuestBusyError("state is saved of a paused guest only")
-            if self._saved_state is None:  # QEMU saves once for each time that it stops
-                stream = self._stream_through("migrate", b"")
-                state = pb.MachineState(version=STATE_VERSION, kind=self._spec.kind, qemu_stream=stream)
-                self._saved_state = state.SerializeToString()
-            if len(self._saved_state) > STATE_MAX_BYTES:
-                raise QemuError(
-                    f"the state of its devices is {format_bytes(len(self._saved_state))}, which is more than"
-                    f" {format_bytes(STATE_MAX_BYTES)}",
-                    remedy="leave out the boot ROMs of network cards (romfile=), and graphics cards",
-                )
-            return self._saved_state, 0
-
-    def load_state(self, serialized: bytes) -> None:
-        """Take over the state of a guest that stopped elsewhere. QEMU touches RAM meanwhile: pages must come.
-
-        Raises:
-            GuestBusyError: this one has a state already.
-            RemoteProtocolError: not a state of such a guest; nothing was changed.
-            QemuError: QEMU does not take it; it is fit for nothing then.
-        """
-        with self._lock:
-            if not self._is_incoming:
-                raise GuestBusyError("the guest has a state already")
-            state = pb.MachineState()
-            try:
-                state.ParseFromString(serialized)
-            except DecodeError as error:
-                raise RemoteProtocolError("the guest's state is not a message") from error
-            if (state.version, state.kind) != (STATE_VERSION, self._spec.kind) or not state.qemu_stream:
-                raise RemoteProtocolError(f"state is version {state.version} of kind {state.kind}")
-            self._is_loading = True
-            try:
-                self._stream_through("migrate-incoming", state.qemu_stream)
-            except GuestGoneError as error:  # it ends, and says why where it says everything
-                raise last_words(self._directory, "take the state", is_incoming=True) from error
-            self._is_loading = self._is_incoming = False
+    def _load(self, state: pb.MachineState) -> None:
+        """Have QEMU take over a stream; if it does not, it is fit for nothing."""
+        if not state.qemu_stream:
+            raise RemoteProtocolError("the state is no QEMU's")
+        self._is_loading = True
+        try:
+            self._stream_through("migrate-incoming", state.qemu_stream)
+        except GuestGoneError as error:  # it ends, and says why where it says everything
+            raise last_words(self._directory, "take the state", is_incoming=True) from error
+        self._is_loading = False
 
     def _prepare_stream(self) -> None:
         """Give QEMU the file of its next stream, which takes time, before the vCPUs stop."""
@@ -295,84 +229,20 @@ class QemuGuest:
 
     # ---- pages ----
 
-    def arm(self) -> tuple[int, int]:
-        """Register RAM; the userfaultfd, of which QEMU has a copy too, and RAM's address in QEMU. Repeatable.
-
-        Raises:
-            UnsupportedHostError: this host does not let us.
-        """
-        with self._lock:
-            mapping = self._find_mapping()
-            if self._armed is None:
-                if self._has_run:
-                    raise GuestBusyError("RAM is armed before a guest runs")
-                opened = self._faults.open(with_wp=False)
-                try:
-                    uffd.register_missing(opened.fd, mapping.hva, self._spec.memory_bytes)
-                except MigrateError:
-                    opened.close()
-                    raise
-                self._armed = opened
-            return self._armed.fd, mapping.hva
-
     def disarm(self) -> None:
         """Let RAM go: holes read as zero from now on, and nothing of ours is left in QEMU. Repeatable."""
         with self._lock:
-            if self._armed is not None:
-                uffd.unregister(self._armed.fd, self._find_mapping().hva, self._spec.memory_bytes)
-                armed, self._armed = self._armed, None
-                armed.close()
+            super().disarm()
             if self._is_ours and self._is_running:
                 # For its next journey; if not now, then when it is needed.
                 with contextlib.suppress(MigrateError):
                     self._prepare_stream()
 
-    def start_dirty_log(self) -> int:
-        """Note the pages that QEMU writes; the memfd of the log. Repeatable: the log begins anew.
+    def _find_ram(self) -> int:
+        return self._find_mapping().hva
 
-        Raises:
-            UnsupportedHostError: this host does not let us.
-        """
-        with self._lock:
-            self.stop_dirty_log()
-            hva, spec = self._find_mapping().hva, self._spec
-            opened = self._faults.open(with_wp=True)
-            self._dirty_log = ScanLog(opened.fd, opened.pagemap_fd, hva, spec.memory_bytes, spec.name, opened.close)
-            return self._dirty_log.memfd
-
-    def sync_dirty_log(self, *, keep: bool) -> int:
-        """Move what was noted into the log's memfd; how many pages that are. With `keep`, it stays noted, too.
-
-        Raises:
-            GuestBusyError: no log was begun.
-        """
-        with self._lock:
-            if self._dirty_log is None:
-                raise GuestBusyError("no dirty log was begun")
-            return self._dirty_log.sync(keep=keep)
-
-    def stop_dirty_log(self) -> None:
-        """Note nothing any more. Repeatable."""
-        with self._lock:
-            log, self._dirty_log = self._dirty_log, None
-            if log is not None:
-                log.close()
-
-    # ---- what it knows of itself ----
-
-    def statistics(self) -> types.GuestStatistics:
-        """Nothing: what runs in it is not ours to ask."""
-        return types.GuestStatistics()
-
-    def audit(self, deadline_us: int) -> types.GuestStatistics:  # noqa: ARG002 - the port's
-        """Cannot be had.
-
-        Raises:
-            UnsupportedHostError: always.
-        """
-        raise UnsupportedHostError(
-            "a guest of kind qemu has no workload of ours that could compare its pages", remedy="migrate with --verify"
-        )
+    def _open_uffd(self, *, with_wp: bool) -> Userfaultfd:
+        return self._faults.open(with_wp=with_wp)
 
     # ---- how it ends ----
 
