@@ -51,7 +51,9 @@ struct mig_pager_counters {
 struct mig_fault_record {
     uint64_t page;
     uint64_t event_ns;
+    uint64_t taken_ns;
     uint64_t sent_ns;
+    uint64_t read_ns;
     uint64_t replied_ns;
     uint64_t placed_ns;
     uint32_t thread_id;
@@ -69,6 +71,8 @@ void mig_pager_go_live(struct mig_pager *pager);
 bool mig_pager_is_complete(const struct mig_pager *pager);
 int mig_pager_start_fault_thread(struct mig_pager *pager);
 int mig_pager_claim_urgent(struct mig_pager *pager, uint64_t *pages, uint32_t max_pages, uint64_t timeout_us);
+void mig_pager_note_sent(struct mig_pager *pager, uint64_t sent_ns);
+void mig_pager_note_read(struct mig_pager *pager, uint64_t first_page, uint64_t count_pages, uint64_t read_ns);
 int mig_pager_give_back(struct mig_pager *pager, uint64_t first_page, uint64_t count_pages);
 uint32_t mig_pager_claim_run(struct mig_pager *pager, uint32_t max_pages, uint64_t *ret_first_page);
 int mig_pager_place_data(struct mig_pager *pager, uint64_t generation, uint64_t first_page, uint64_t count_pages,
@@ -80,6 +84,7 @@ int mig_pager_poison_missing(struct mig_pager *pager, uint64_t *ret_pages);
 int mig_pager_wait_done(struct mig_pager *pager, uint64_t timeout_us);
 const struct mig_pager_counters *mig_pager_counters(const struct mig_pager *pager);
 void mig_pager_missing_map(const struct mig_pager *pager, uint32_t cells, uint8_t *ret_shares);
+void mig_pager_copy_map(struct mig_pager *pager, bool known_zero, uint8_t *ret);
 uint32_t mig_pager_drain_records(struct mig_pager *pager, struct mig_fault_record *records, uint32_t max_records);
 
 struct mig_bitmap {
@@ -138,7 +143,8 @@ int64_t mig_dirty_scan_sync(struct mig_dirty_scan *scan, uint64_t *bitmap, bool 
 int mig_dirty_scan_stop(struct mig_dirty_scan *scan);
 int mig_dirty_scan_probe(void);
 
-/* ---- the page call: wire.h, compress.h, reply_order.h, pacing.h, patience.h, tls.h, exports.h, pageserver.h, fetch.h ---- */
+/* ---- the page call: wire.h, compress.h, reply_order.h, pacing.h, patience.h, tls.h, exports.h, pageserver.h, fetch.h
+ * ---- */
 struct mig_fetch_request {
     uint64_t request_id;
     uint32_t region;
@@ -153,6 +159,7 @@ struct mig_fetch_response {
     uint32_t page_count;
     uint64_t generation;
     uint64_t digest;
+    uint64_t read_ns;
     enum mig_content content;
     int32_t compression;
     const uint8_t *data;
@@ -191,8 +198,7 @@ struct mig_reply_order {
     char flaw[160];
 };
 void mig_reply_order_deinit(struct mig_reply_order *order);
-uint64_t mig_reply_order_ask(struct mig_reply_order *order, uint64_t first_page, uint64_t count_pages,
-                             uint64_t now_ns);
+uint64_t mig_reply_order_ask(struct mig_reply_order *order, uint64_t first_page, uint64_t count_pages, uint64_t now_ns);
 int mig_reply_order_answer(struct mig_reply_order *order, uint64_t request_id, uint64_t first_page,
                            uint64_t count_pages, bool is_zero, struct mig_asked *ret_done);
 
@@ -248,13 +254,15 @@ struct mig_export;
 int mig_exports_create(struct mig_exports **ret);
 void mig_exports_destroy(struct mig_exports *exports);
 int mig_exports_publish(struct mig_exports *exports, const char *migration_id, const char *token,
-                        struct mig_page_source *source, enum mig_compression compression, const char *peer_name);
+                        struct mig_page_source *source, enum mig_compression compression, const char *peer_name,
+                        bool times_replies);
 int mig_exports_set_generation(struct mig_exports *exports, const char *migration_id, uint64_t generation);
 void mig_exports_withdraw(struct mig_exports *exports, const char *migration_id);
 int mig_exports_find(struct mig_exports *exports, const char *migration_id, const char *authorization,
                      struct mig_export **ret);
 void mig_export_put(struct mig_export *export);
 const char *mig_export_peer_name(const struct mig_export *export);
+bool mig_export_times_replies(const struct mig_export *export);
 uint64_t mig_export_generation(const struct mig_export *export);
 struct mig_page_source *mig_export_enter(struct mig_export *export);
 void mig_export_leave(struct mig_export *export);
@@ -333,7 +341,7 @@ enum { MIG_STALL_BUCKETS = 1024, MIG_STALL_OCTAVE_MIN = 10, MIG_STALL_SUB_BUCKET
 
 struct mig_mailbox {
     uint64_t touches;
-    uint64_t writes; 
+    uint64_t writes;
     uint64_t errors;
     uint64_t first_error_page;
     uint64_t first_error_expected;
@@ -342,7 +350,7 @@ struct mig_mailbox {
     uint64_t populated;
     uint64_t audit_requested;
     uint64_t audit_done;
-    uint64_t stop; 
+    uint64_t stop;
     uint64_t reserved[501];
     uint32_t stall_histogram[1024];
 };
@@ -388,6 +396,7 @@ int mig_machine_stop_dirty_log(struct mig_machine *machine);
 
 const char *mig_machine_failure(const struct mig_machine *machine);
 
+uint32_t mig_machine_thread_id(const struct mig_machine *machine, uint32_t vcpu);
 uint64_t mig_machine_tsc_khz(const struct mig_machine *machine);
 
 uint32_t mig_vcpu_item_count(void);

@@ -19,6 +19,7 @@ struct mig_export {
     struct mig_page_source *source;
     int memfd;
     enum mig_compression compression;
+    bool times_replies;
     uint64_t generation; /* read without the mutex */
     unsigned holders, readers;
     bool withdrawn;
@@ -70,7 +71,8 @@ static struct mig_export **find_link(struct mig_exports *exports, const char *mi
 }
 
 int mig_exports_publish(struct mig_exports *exports, const char *migration_id, const char *token,
-                        struct mig_page_source *source, enum mig_compression compression, const char *peer_name)
+                        struct mig_page_source *source, enum mig_compression compression, const char *peer_name,
+                        bool times_replies)
 {
     struct mig_export *export = calloc(1, sizeof(*export));
     if (!export)
@@ -79,6 +81,7 @@ int mig_exports_publish(struct mig_exports *exports, const char *migration_id, c
                                   .source = source,
                                   .memfd = fcntl(mig_page_source_memfd(source), F_DUPFD_CLOEXEC, 0),
                                   .compression = compression,
+                                  .times_replies = times_replies,
                                   .holders = 1};
     export->migration_id = strdup(migration_id);
     export->peer_name = strdup(peer_name);
@@ -114,6 +117,11 @@ int mig_exports_set_generation(struct mig_exports *exports, const char *migratio
 enum mig_compression mig_export_compression(const struct mig_export *export)
 {
     return export->compression;
+}
+
+bool mig_export_times_replies(const struct mig_export *export)
+{
+    return export->times_replies;
 }
 
 uint64_t mig_export_generation(const struct mig_export *export)

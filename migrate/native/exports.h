@@ -17,11 +17,12 @@ void mig_exports_destroy(struct mig_exports *exports);
 
 /**
  * Serve a memory from now on, its runs compressed as its reader understands it. Where readers prove who they are, only
- * to the host of that name or numeric address; "" is any host.
+ * to the host of that name or numeric address; "" is any host. With `times_replies`, each reply says how long it took.
  * Returns 0 or -errno; -EEXIST if the migration is served already.
  */
 int mig_exports_publish(struct mig_exports *exports, const char *migration_id, const char *token,
-                        struct mig_page_source *source, enum mig_compression compression, const char *peer_name);
+                        struct mig_page_source *source, enum mig_compression compression, const char *peer_name,
+                        bool times_replies);
 
 /** What is read from now on was read in this generation of the dirty log. Returns 0 or -ENOENT. */
 int mig_exports_set_generation(struct mig_exports *exports, const char *migration_id, uint64_t generation);
@@ -46,6 +47,9 @@ int mig_export_memfd(const struct mig_export *export);
 
 /** What its reader understands beside plain pages. */
 enum mig_compression mig_export_compression(const struct mig_export *export);
+
+/** Whether replies say how long they took. */
+bool mig_export_times_replies(const struct mig_export *export);
 
 /** The generation of what is read from now on: to be asked before the read. */
 uint64_t mig_export_generation(const struct mig_export *export);

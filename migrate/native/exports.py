@@ -36,6 +36,8 @@ class Exports:
         source: "PageSource",
         compression: Compression = Compression.NONE,
         peer_name: str = "",
+        *,
+        times_replies: bool = False,
     ) -> None:
         """Serve a memory to the holder of a token from now on.
 
@@ -46,13 +48,20 @@ class Exports:
             compression: What the reader understands; a server may use it or not.
             peer_name: DNS name or numeric address that the reader's certificate must be for, where readers have one;
                 empty is any host.
+            times_replies: Whether each reply says how long it took.
 
         Raises:
             AlreadyExistsError: the migration is served already.
         """
         with self._lock:
             rc = lib.mig_exports_publish(
-                self.handle, migration_id.encode(), token.encode(), source.handle, compression, peer_name.encode()
+                self.handle,
+                migration_id.encode(),
+                token.encode(),
+                source.handle,
+                compression,
+                peer_name.encode(),
+                times_replies,
             )
             if rc == -errno.EEXIST:
                 raise AlreadyExistsError(f"migration {migration_id!r} is served already")
@@ -119,6 +128,11 @@ class Export:
         """The generation of what is read from now on: to be asked before the read."""
         generation: int = lib.mig_export_generation(self._handle)
         return generation
+
+    @property
+    def times_replies(self) -> bool:
+        """Whether replies say how long they took."""
+        return bool(lib.mig_export_times_replies(self._handle))
 
     @property
     def peer_name(self) -> str:

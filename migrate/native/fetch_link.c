@@ -62,6 +62,8 @@ static int place(struct mig_link *link, const struct mig_fetch_response *respons
     struct mig_pager *pager = fetch->pager;
     const uint64_t total_pages = mig_pager_counters(pager)->total_pages;
 
+    if (response->read_ns)
+        mig_pager_note_read(pager, response->first_page, response->page_count, response->read_ns);
     if (response->content == MIG_CONTENT_DATA)
         return mig_pager_place_data(pager, response->generation, response->first_page, response->page_count,
                                     response->data, link->kind, fetch->verify, response->digest);

@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <unistd.h>
 #include <x86intrin.h>
 
 #include "machine_internal.h"
@@ -111,6 +112,7 @@ static void *vcpu_thread(void *argument)
     struct mig_vcpu *vcpu = argument;
     struct mig_machine *machine = vcpu->machine;
 
+    __atomic_store_n(&vcpu->thread_id, (uint32_t)gettid(), __ATOMIC_RELAXED);
     mig_vcpu_claim_thread(vcpu);
     for (bool alive = true; alive;) {
         if (__atomic_load_n(&machine->paused, __ATOMIC_ACQUIRE))
@@ -227,6 +229,11 @@ int mig_machine_pause(struct mig_machine *machine, uint64_t timeout_us)
 const char *mig_machine_failure(const struct mig_machine *machine)
 {
     return __atomic_load_n(&machine->has_failed, __ATOMIC_ACQUIRE) ? machine->failure : "";
+}
+
+uint32_t mig_machine_thread_id(const struct mig_machine *machine, uint32_t vcpu)
+{
+    return __atomic_load_n(&machine->vcpus[vcpu].thread_id, __ATOMIC_RELAXED);
 }
 
 uint64_t mig_machine_tsc_khz(const struct mig_machine *machine)

@@ -58,6 +58,9 @@ int mig_machine_stop_dirty_log(struct mig_machine *machine);
  */
 const char *mig_machine_failure(const struct mig_machine *machine);
 
+/** The thread that runs a vCPU, as the kernel names it; it has run once the machine has been paused or resumed. */
+uint32_t mig_machine_thread_id(const struct mig_machine *machine, uint32_t vcpu);
+
 /** TSC ticks in a millisecond. */
 uint64_t mig_machine_tsc_khz(const struct mig_machine *machine);
 

@@ -122,6 +122,10 @@ class Machine:
         text: str = ffi.string(lib.mig_machine_failure(self._machine)).decode()
         return text
 
+    def thread_ids(self) -> list[int]:
+        """The thread of each vCPU, as the kernel names it."""
+        return [lib.mig_machine_thread_id(self._machine, index) for index in range(self.vcpus)]
+
     def start_dirty_log(self) -> None:
         """Log which pages the vCPUs write.
 

@@ -20,6 +20,7 @@ struct mig_vcpu {
     int fd;              /* -1 for kind process */
     struct kvm_run *run; /* NULL for kind process */
     pthread_t thread;
+    uint32_t thread_id; /* atomic; as the kernel has it */
     bool parked;
     bool mmio_pending; /* the last exit is completed by entering once more */
     /* Its thread's own, and its signal handler's. */

@@ -18,6 +18,7 @@ static const uint64_t READ_AHEAD_BYTES = 256 << 10;
 struct asked {
     struct mig_fetch_request request;
     uint64_t wire_bytes;
+    uint64_t at_ns; /* when it was whole; 0 unless replies are timed */
 };
 
 struct mig_page_call {
@@ -191,7 +192,7 @@ enum mig_status mig_page_call_request(struct mig_page_call *call, struct mig_h2_
         return MIG_STATUS_RESOURCE_EXHAUSTED;
     }
     call->asked[(call->asked_head + call->asked_count++) % call->asked_capacity] =
-        (struct asked){request, MIG_PREFIX_BYTES + bytes};
+        (struct asked){request, MIG_PREFIX_BYTES + bytes, mig_export_times_replies(call->export) ? mig_now_ns() : 0};
     call->is_bulk |= request.page_count > 1;
     if (request.page_count >= BULK_PAGES_MIN)
         note_bulk(call);
@@ -219,10 +220,10 @@ static void compress(const struct mig_page_call *call, struct mig_fetch_response
 }
 
 /* Queues one run; its pages lie in `pages`, or, if that is NULL, are sent straight from the memfd. */
-static void send_run(const struct mig_page_call *call, struct mig_h2_stream *stream,
-                     const struct mig_fetch_request *request, uint64_t generation, const struct mig_run *run,
-                     uint8_t *pages)
+static void send_run(const struct mig_page_call *call, struct mig_h2_stream *stream, const struct asked *asked,
+                     uint64_t generation, const struct mig_run *run, uint8_t *pages)
 {
+    const struct mig_fetch_request *request = &asked->request;
     uint8_t header[MIG_WIRE_HEADER_BYTES_MAX];
     uint8_t *copied = pages && !run->is_zero ? pages + mig_page_offset(run->first_page - request->first_page) : NULL;
     struct mig_fetch_response response = {
@@ -232,6 +233,7 @@ static void send_run(const struct mig_page_call *call, struct mig_h2_stream *str
         .page_count = (uint32_t)(run->count_pages < UINT32_MAX ? run->count_pages : UINT32_MAX),
         .generation = generation,
         .digest = run->digest,
+        .read_ns = asked->at_ns ? mig_now_ns() - asked->at_ns : 0,
         .content = run->is_zero ? MIG_CONTENT_ZERO : MIG_CONTENT_DATA,
         .data_bytes = run->is_zero ? 0 : mig_page_offset(run->count_pages),
     };
@@ -246,9 +248,9 @@ static void send_run(const struct mig_page_call *call, struct mig_h2_stream *str
 }
 
 /* Reads and queues the answers to one request. */
-static enum mig_status answer(struct mig_page_call *call, struct mig_h2_stream *stream,
-                              const struct mig_fetch_request *request)
+static enum mig_status answer(struct mig_page_call *call, struct mig_h2_stream *stream, const struct asked *asked)
 {
+    const struct mig_fetch_request *request = &asked->request;
     const bool is_copied = call->buffer && !is_sent_from_file(call, request->page_count);
     uint8_t *pages = is_copied ? call->buffer + mig_page_offset(call->used_pages) : NULL;
 
@@ -280,7 +282,7 @@ static enum mig_status answer(struct mig_page_call *call, struct mig_h2_stream *
     }
     call->sends_from_file |= !pages;
     for (int i = 0; i < found; i++) {
-        send_run(call, stream, request, generation, &call->runs[i], pages);
+        send_run(call, stream, asked, generation, &call->runs[i], pages);
         call->data_pages += call->runs[i].is_zero ? 0 : call->runs[i].count_pages;
     }
     if (pages)
@@ -336,7 +338,7 @@ bool mig_page_call_work(struct mig_page_call *call, struct mig_h2_stream *stream
         if (queued_bytes >= READ_AHEAD_BYTES || (queued && queued + request->page_count > MIG_H2_QUEUE_MAX) ||
             !has_room(call, request->page_count, !queued && !worked))
             return worked;
-        const enum mig_status status = answer(call, stream, request);
+        const enum mig_status status = answer(call, stream, asked);
         worked = true;
         if (status != MIG_STATUS_OK) {
             call->asked_count = 0;

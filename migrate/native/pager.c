@@ -2,6 +2,7 @@
 
 #include <errno.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
 
@@ -19,7 +20,9 @@ void mig_record_fault(struct mig_pager *pager, const struct waiter *waiter, uint
     pager->records[pager->record_tail++ % MIG_RECORD_RING] = (struct mig_fault_record){
         .page = waiter->page,
         .event_ns = waiter->event_ns,
+        .taken_ns = waiter->taken_ns,
         .sent_ns = waiter->sent_ns,
+        .read_ns = waiter->read_ns,
         .replied_ns = replied_ns,
         .placed_ns = placed_ns,
         .thread_id = waiter->thread_id,
@@ -216,6 +219,13 @@ static uint32_t take_urgent(struct mig_pager *pager, uint64_t *pages, uint32_t m
         /* A hole that was told whole may have settled it meanwhile. */
         taken += mig_bitmap_test(&pager->missing, pages[taken]);
     }
+    const uint64_t now_ns = taken ? mig_now_ns() : 0;
+    for (uint64_t i = 0; taken && i < pager->waiter_count; i++)
+        for (uint32_t j = 0; j < taken; j++)
+            if (pager->waiters[i].page == pages[j]) {
+                pager->waiters[i].is_asking = true;
+                pager->waiters[i].taken_ns = now_ns;
+            }
     return taken;
 }
 
@@ -241,9 +251,6 @@ uint32_t mig_pager_take_urgent(struct mig_pager *pager, uint64_t *pages, uint32_
 {
     pthread_mutex_lock(&pager->mutex);
     const uint32_t taken = take_urgent(pager, pages, max_pages);
-    for (uint64_t i = 0; taken && i < pager->waiter_count; i++)
-        for (uint32_t j = 0; j < taken; j++)
-            pager->waiters[i].is_asking |= pager->waiters[i].page == pages[j];
     pthread_mutex_unlock(&pager->mutex);
     return taken;
 }
@@ -258,6 +265,15 @@ void mig_pager_note_sent(struct mig_pager *pager, uint64_t sent_ns)
             waiter->sent_ns = sent_ns;
         }
     }
+    pthread_mutex_unlock(&pager->mutex);
+}
+
+void mig_pager_note_read(struct mig_pager *pager, uint64_t first_page, uint64_t count_pages, uint64_t read_ns)
+{
+    pthread_mutex_lock(&pager->mutex);
+    for (uint64_t i = 0; i < pager->waiter_count; i++)
+        if (pager->waiters[i].page - first_page < count_pages)
+            pager->waiters[i].read_ns = read_ns;
     pthread_mutex_unlock(&pager->mutex);
 }
 
@@ -327,6 +343,14 @@ void mig_pager_missing_map(const struct mig_pager *pager, uint32_t cells, uint8_
 const struct mig_pager_counters *mig_pager_counters(const struct mig_pager *pager)
 {
     return &pager->counters;
+}
+
+void mig_pager_copy_map(struct mig_pager *pager, bool known_zero, uint8_t *ret)
+{
+    pthread_mutex_lock(&pager->mutex);
+    const struct mig_bitmap *map = known_zero ? &pager->known_zero : &pager->missing;
+    memcpy(ret, map->words, (map->bits + 7) / 8); /* bit i of a little-endian word is bit i % 8 of its byte i / 8 */
+    pthread_mutex_unlock(&pager->mutex);
 }
 
 uint32_t mig_pager_drain_records(struct mig_pager *pager, struct mig_fault_record *records, uint32_t max_records)

@@ -53,13 +53,15 @@ struct mig_pager_counters {
 struct mig_fault_record {
     uint64_t page;
     uint64_t event_ns;   /* read from the userfaultfd */
-    uint64_t sent_ns;    /* its request was written to the socket; 0 if somebody else had asked, or nobody had to */
+    uint64_t taken_ns;   /* out of the urgent queue; 0 if somebody else had asked, or nobody had to */
+    uint64_t sent_ns;    /* its request was written to the socket; 0 likewise */
+    uint64_t read_ns;    /* a duration: what the source took to answer, if it says so */
     uint64_t replied_ns; /* the reply was complete; 0 if none was needed */
     uint64_t placed_ns;
     uint32_t thread_id;
     uint32_t kind; /* enum mig_page_kind: what brought the page */
 };
-_Static_assert(sizeof(struct mig_fault_record) == 48, "Python reads records as six words");
+_Static_assert(sizeof(struct mig_fault_record) == 64, "records travel as eight words (TracePart.faults)");
 
 struct mig_pager;
 
@@ -126,6 +128,9 @@ uint32_t mig_pager_take_urgent(struct mig_pager *pager, uint64_t *pages, uint32_
 /** The requests for all urgent pages taken so far are on the wire: note the time in the records of their faults. */
 void mig_pager_note_sent(struct mig_pager *pager, uint64_t sent_ns);
 
+/** The source took so long to answer for [first_page, first_page + count_pages), which is about to be placed. */
+void mig_pager_note_read(struct mig_pager *pager, uint64_t first_page, uint64_t count_pages, uint64_t read_ns);
+
 /** A request will not be answered: those of its pages that are missing must be asked for again, by whoever comes. */
 int mig_pager_give_back(struct mig_pager *pager, uint64_t first_page, uint64_t count_pages);
 
@@ -181,6 +186,12 @@ const struct mig_pager_counters *mig_pager_counters(const struct mig_pager *page
  * pages that is missing: 0 for none, 255 for all, and in proportion between. Read like the counters, without a lock.
  */
 void mig_pager_missing_map(const struct mig_pager *pager, uint32_t cells, uint8_t *ret_shares);
+
+/**
+ * A bit for each page, lowest bit first, into `ret` ((pages + 7) / 8 bytes): those that are missing, or, with
+ * `known_zero`, those that the source has told to be zero.
+ */
+void mig_pager_copy_map(struct mig_pager *pager, bool known_zero, uint8_t *ret);
 
 /** Move out up to max_records fault records, oldest first. Returns how many. */
 uint32_t mig_pager_drain_records(struct mig_pager *pager, struct mig_fault_record *records, uint32_t max_records);

@@ -11,9 +11,9 @@ from migrate.native._native import ffi, lib
 
 _CLAIM_MAX = 256
 _DRAIN_MAX = 4096
-_RECORD_BYTES = 48
+_RECORD_BYTES = 64
 _RECORD_WORDS = _RECORD_BYTES // 8
-_EVENT, _PLACED, _KIND = 1, 4, 5
+_EVENT, _PLACED, _KIND = 1, 6, 7
 
 
 class PageKind(IntEnum):
@@ -54,7 +54,9 @@ class FaultRecord:
     Attributes:
         page: The missing page.
         event_ns: The kernel's event was read.
-        sent_ns: The request was written to the socket; 0 if the page had been asked for before, or needed no request.
+        taken_ns: The urgent queue gave it out; 0 if the page had been asked for before, or needed no request.
+        sent_ns: The request was written to the socket; 0 likewise.
+        read_ns: How long the source took to answer; 0 if it did not say.
         replied_ns: The reply was complete; 0 if none was needed.
         placed_ns: The page was there.
         thread_id: Who faulted.
@@ -63,7 +65,9 @@ class FaultRecord:
 
     page: int
     event_ns: int
+    taken_ns: int
     sent_ns: int
+    read_ns: int
     replied_ns: int
     placed_ns: int
     thread_id: int
@@ -83,11 +87,16 @@ class FaultBatch:
     def __len__(self) -> int:
         return len(self._words) // _RECORD_WORDS
 
+    @property
+    def raw(self) -> bytes:
+        """The records as they lie in C, which is how they travel (TracePart.faults)."""
+        return self._words.tobytes()
+
     def __iter__(self) -> Iterator[FaultRecord]:
         for index in range(0, len(self._words), _RECORD_WORDS):
-            page, event_ns, sent_ns, replied_ns, placed_ns, last = self._words[index : index + _RECORD_WORDS]
+            page, event, taken, sent, read, replied, placed, last = self._words[index : index + _RECORD_WORDS]
             kind, thread_id = divmod(last, 1 << 32)
-            yield FaultRecord(page, event_ns, sent_ns, replied_ns, placed_ns, thread_id, PageKind(kind))
+            yield FaultRecord(page, event, taken, sent, read, replied, placed, thread_id, PageKind(kind))
 
     def latencies_us(self) -> list[float]:
         """Kernel event read to page placed, of every fault whose page had not come before its event was read."""
@@ -186,6 +195,14 @@ class Pager:
         first = ffi.new("uint64_t *")
         count = lib.mig_pager_claim_run(self._pager, max_pages, first)
         return (first[0], count) if count else None
+
+    def note_sent(self, sent_ns: int) -> None:
+        """The requests for all pages that claim_urgent gave out are on the wire."""
+        lib.mig_pager_note_sent(self._pager, sent_ns)
+
+    def note_read(self, first_page: int, count_pages: int, read_ns: int) -> None:
+        """The source took so long to answer for these pages, which are about to be placed."""
+        lib.mig_pager_note_read(self._pager, first_page, count_pages, read_ns)
 
     def give_back(self, first_page: int, count_pages: int) -> None:
         """A request will not be answered: what is missing of its pages must be asked for again, by whoever comes."""
@@ -287,6 +304,12 @@ class Pager:
         shares = ffi.new("uint8_t[]", cells)
         lib.mig_pager_missing_map(self._pager, cells, shares)
         return bytes(ffi.buffer(shares))
+
+    def copy_map(self, *, known_zero: bool = False) -> bytes:
+        """A bit for each page, lowest bit first: those missing, or those that the source has told to be zero."""
+        copied = ffi.new("uint8_t[]", (self.pages + 7) // 8)
+        lib.mig_pager_copy_map(self._pager, known_zero, copied)
+        return bytes(ffi.buffer(copied))
 
     def drain_records(self) -> "FaultBatch":
         """Take out the fault records gathered since the last call, oldest first."""

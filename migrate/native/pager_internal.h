@@ -17,7 +17,9 @@ enum { MIG_RECORD_RING = 1 << 16 };
 struct waiter {
     uint64_t page;
     uint64_t event_ns;
+    uint64_t taken_ns;
     uint64_t sent_ns;
+    uint64_t read_ns;
     uint32_t thread_id;
     bool is_asking; /* this fault's own request is on its way to the socket */
 };

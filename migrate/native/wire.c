@@ -9,7 +9,7 @@ enum { GROUP_DEPTH_MAX = 99, VARINT_BYTES_MAX = 10, TAG_BYTES_MAX = 5 }; /* prot
 static const uint64_t FIELD_MAX = (1u << 29) - 1;
 
 /* Field numbers of page_service.proto; the first four are those of both messages. */
-enum { REQUEST_ID = 1, REGION = 2, FIRST_PAGE = 3, PAGE_COUNT = 4, GENERATION = 5, DIGEST = 9 };
+enum { REQUEST_ID = 1, REGION = 2, FIRST_PAGE = 3, PAGE_COUNT = 4, GENERATION = 5, DIGEST = 9, READ_NS = 10 };
 enum { DATA = 6, ZERO = 7, COMPRESSED = 8 }; /* the oneof */
 enum { COMPRESSION = 1, COMPRESSED_DATA = 2, COMPRESSED_HEADER_BYTES_MAX = 17 };
 
@@ -74,6 +74,7 @@ size_t mig_wire_encode_response(const struct mig_fetch_response *response, uint8
     at = put_number(at, FIRST_PAGE, response->first_page);
     at = put_number(at, PAGE_COUNT, response->page_count);
     at = put_number(at, GENERATION, response->generation);
+    at = put_number(at, READ_NS, response->read_ns);
     if (response->digest) {
         *at++ = DIGEST << 3 | FIXED64;
         for (int i = 0; i < 8; i++)
@@ -300,6 +301,8 @@ int mig_wire_decode_response(const uint8_t *message, size_t message_bytes, struc
             ret->page_count = (uint32_t)field.value;
         } else if (is_number(&field, GENERATION)) {
             ret->generation = field.value;
+        } else if (is_number(&field, READ_NS)) {
+            ret->read_ns = field.value;
         } else if (field.number == DIGEST && field.type == FIXED64) {
             ret->digest = field.value;
         } else if (decode_content(&field, ret) < 0) {

@@ -14,7 +14,7 @@
 
 enum {
     MIG_PREFIX_BYTES = 5,          /* compressed flag, big-endian length */
-    MIG_WIRE_HEADER_BYTES_MAX = 80 /* prefix and all fields of a message but the bytes of its pages */
+    MIG_WIRE_HEADER_BYTES_MAX = 96 /* prefix and all fields of a message but the bytes of its pages */
 };
 
 struct mig_fetch_request {
@@ -33,6 +33,7 @@ struct mig_fetch_response {
     uint32_t page_count;
     uint64_t generation;
     uint64_t digest;
+    uint64_t read_ns; /* 0 unless the migration is traced */
     enum mig_content content;
     int32_t compression; /* of MIG_CONTENT_COMPRESSED: a migrate.v1.PageCompression, known here or not */
     const uint8_t *data; /* decoded: within the message */

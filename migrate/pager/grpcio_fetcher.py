@@ -7,6 +7,7 @@ This is the reference that the native transport is tested against, and measured 
 """
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import grpc
@@ -171,6 +172,8 @@ class GrpcioFetcher:
     def _urgent_requests(self, pager: Pager, order: ReplyOrder) -> Iterator[pb.FetchPagesRequest]:
         try:
             while (pages := self._claim_urgent(pager)) is not None:
+                if pages:  # when gRPC writes them is for it to know
+                    pager.note_sent(time.monotonic_ns())
                 for page in pages:
                     yield self._request(order, page, 1)
         except PagerStoppedError:
@@ -245,6 +248,8 @@ class GrpcioFetcher:
         first_page, count_pages = response.first_page, response.page_count
         is_zero = content == "zero"
         is_complete = order.answer(response.request_id, first_page, count_pages, is_zero=is_zero)
+        if response.read_ns:
+            pager.note_read(first_page, count_pages, response.read_ns)
         if is_zero:
             # A hole is told as far as it goes, perhaps to the end of a larger file than our region.
             pager.place_zero(first_page, min(count_pages, pager.pages - first_page), response.generation)

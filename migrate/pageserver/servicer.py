@@ -1,5 +1,6 @@
 """PageService on grpcio: the reference that any other implementation is compared with."""
 
+import time
 from collections.abc import Callable, Iterator
 
 import grpc
@@ -49,6 +50,7 @@ class PageServicer(rpc.PageServiceServicer):
     def _answer(
         self, export: Export, request: pb.FetchPagesRequest, buffer: RunBuffer
     ) -> Iterator[pb.FetchPagesResponse]:
+        began_ns = time.monotonic_ns()
         with export.reading() as source:
             if request.region != 0:
                 raise ConfigError(f"the guest has one RAM region, number 0, not number {request.region}")
@@ -56,10 +58,11 @@ class PageServicer(rpc.PageServiceServicer):
             # Read all before the first reply leaves: the scope must not stay open while the peer is slow.
             runs = list(source.read(request.first_page, request.page_count, buffer))
         for run in runs:
-            yield _response(request, run, generation)
+            read_ns = time.monotonic_ns() - began_ns if export.times_replies else 0
+            yield _response(request, run, generation, read_ns)
 
 
-def _response(request: pb.FetchPagesRequest, run: Run, generation: int) -> pb.FetchPagesResponse:
+def _response(request: pb.FetchPagesRequest, run: Run, generation: int, read_ns: int) -> pb.FetchPagesResponse:
     response = pb.FetchPagesResponse(
         request_id=request.request_id,
         region=request.region,
@@ -67,6 +70,7 @@ def _response(request: pb.FetchPagesRequest, run: Run, generation: int) -> pb.Fe
         page_count=min(run.count_pages, 0xFFFFFFFF),
         generation=generation,
         digest=run.digest,
+        read_ns=read_ns,
     )
     if run.data is None:
         response.zero.CopyFrom(_ZERO)

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from migrate.v1 import types_pb2 as migrate_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dmigrate/v1/page_service.proto\x12\nmigrate.v1\x1a\x16migrate/v1/types.proto\"_\n\x11\x46\x65tchPagesRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x0e\n\x06region\x18\x02 \x01(\r\x12\x12\n\nfirst_page\x18\x03 \x01(\x04\x12\x12\n\npage_count\x18\x04 \x01(\r\"\xf4\x01\n\x12\x46\x65tchPagesResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x0e\n\x06region\x18\x02 \x01(\r\x12\x12\n\nfirst_page\x18\x03 \x01(\x04\x12\x12\n\npage_count\x18\x04 \x01(\r\x12\x12\n\ngeneration\x18\x05 \x01(\x04\x12\x0e\n\x04\x64\x61ta\x18\x06 \x01(\x0cH\x00\x12%\n\x04zero\x18\x07 \x01(\x0b\x32\x15.migrate.v1.ZeroPagesH\x00\x12,\n\ncompressed\x18\x08 \x01(\x0b\x32\x16.migrate.v1.CompressedH\x00\x12\x0e\n\x06\x64igest\x18\t \x01(\x06\x42\t\n\x07\x63ontent\"\x0b\n\tZeroPages\"L\n\nCompressed\x12\x30\n\x0b\x63ompression\x18\x01 \x01(\x0e\x32\x1b.migrate.v1.PageCompression\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x32^\n\x0bPageService\x12O\n\nFetchPages\x12\x1d.migrate.v1.FetchPagesRequest\x1a\x1e.migrate.v1.FetchPagesResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dmigrate/v1/page_service.proto\x12\nmigrate.v1\x1a\x16migrate/v1/types.proto\"_\n\x11\x46\x65tchPagesRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x0e\n\x06region\x18\x02 \x01(\r\x12\x12\n\nfirst_page\x18\x03 \x01(\x04\x12\x12\n\npage_count\x18\x04 \x01(\r\"\x85\x02\n\x12\x46\x65tchPagesResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x0e\n\x06region\x18\x02 \x01(\r\x12\x12\n\nfirst_page\x18\x03 \x01(\x04\x12\x12\n\npage_count\x18\x04 \x01(\r\x12\x12\n\ngeneration\x18\x05 \x01(\x04\x12\x0e\n\x04\x64\x61ta\x18\x06 \x01(\x0cH\x00\x12%\n\x04zero\x18\x07 \x01(\x0b\x32\x15.migrate.v1.ZeroPagesH\x00\x12,\n\ncompressed\x18\x08 \x01(\x0b\x32\x16.migrate.v1.CompressedH\x00\x12\x0e\n\x06\x64igest\x18\t \x01(\x06\x12\x0f\n\x07read_ns\x18\n \x01(\x04\x42\t\n\x07\x63ontent\"\x0b\n\tZeroPages\"L\n\nCompressed\x12\x30\n\x0b\x63ompression\x18\x01 \x01(\x0e\x32\x1b.migrate.v1.PageCompression\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x32^\n\x0bPageService\x12O\n\nFetchPages\x12\x1d.migrate.v1.FetchPagesRequest\x1a\x1e.migrate.v1.FetchPagesResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,11 +35,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FETCHPAGESREQUEST']._serialized_start=69
   _globals['_FETCHPAGESREQUEST']._serialized_end=164
   _globals['_FETCHPAGESRESPONSE']._serialized_start=167
-  _globals['_FETCHPAGESRESPONSE']._serialized_end=411
-  _globals['_ZEROPAGES']._serialized_start=413
-  _globals['_ZEROPAGES']._serialized_end=424
-  _globals['_COMPRESSED']._serialized_start=426
-  _globals['_COMPRESSED']._serialized_end=502
-  _globals['_PAGESERVICE']._serialized_start=504
-  _globals['_PAGESERVICE']._serialized_end=598
+  _globals['_FETCHPAGESRESPONSE']._serialized_end=428
+  _globals['_ZEROPAGES']._serialized_start=430
+  _globals['_ZEROPAGES']._serialized_end=441
+  _globals['_COMPRESSED']._serialized_start=443
+  _globals['_COMPRESSED']._serialized_end=519
+  _globals['_PAGESERVICE']._serialized_start=521
+  _globals['_PAGESERVICE']._serialized_end=615
 # @@protoc_insertion_point(module_scope)

@@ -65,6 +65,7 @@ class FetchPagesResponse(_message.Message):
     ZERO_FIELD_NUMBER: _builtins.int
     COMPRESSED_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
+    READ_NS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.int
     region: _builtins.int
     first_page: _builtins.int
@@ -75,6 +76,8 @@ class FetchPagesResponse(_message.Message):
     """page_count pages, back to back."""
     digest: _builtins.int
     """Optional. XXH3-64 over the little-endian XXH3-64 of each page of the run; checked before the pages are placed."""
+    read_ns: _builtins.int
+    """Only in a migration that is traced: nanoseconds from the whole request to this answer, at the source."""
     @_builtins.property
     def zero(self) -> Global___ZeroPages: ...
     @_builtins.property
@@ -93,10 +96,11 @@ class FetchPagesResponse(_message.Message):
         zero: Global___ZeroPages | None = ...,
         compressed: Global___Compressed | None = ...,
         digest: _builtins.int = ...,
+        read_ns: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["compressed", b"compressed", "content", b"content", "data", b"data", "zero", b"zero"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compressed", b"compressed", "content", b"content", "data", b"data", "digest", b"digest", "first_page", b"first_page", "generation", b"generation", "page_count", b"page_count", "region", b"region", "request_id", b"request_id", "zero", b"zero"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compressed", b"compressed", "content", b"content", "data", b"data", "digest", b"digest", "first_page", b"first_page", "generation", b"generation", "page_count", b"page_count", "read_ns", b"read_ns", "region", b"region", "request_id", b"request_id", "zero", b"zero"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_content: _TypeAlias = _typing.Literal["data", "zero", "compressed"]  # noqa: Y015
     _WhichOneofArgType_content: _TypeAlias = _typing.Literal["content", b"content"]  # noqa: Y015

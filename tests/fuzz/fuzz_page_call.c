@@ -111,7 +111,8 @@ static struct mig_exports *served(void)
     for (int i = 0; i < AUDIENCES; i++)
         require(!mig_exports_create(&exports[i]) &&
                 !mig_exports_publish(exports[i], "m", "t", source,
-                                     i == COMPRESSED ? MIG_COMPRESSION_ZSTD : MIG_COMPRESSION_NONE, ""));
+                                     i == COMPRESSED ? MIG_COMPRESSION_ZSTD : MIG_COMPRESSION_NONE, "",
+                                     i == COMPRESSED));
     return exports[audience];
 }
 

@@ -43,6 +43,7 @@ responses = st.builds(
     page_count=uint32,
     generation=uint64,
     digest=uint64,
+    read_ns=uint64,
 )
 
 
@@ -54,7 +55,7 @@ def values_of(message):
     values = [message.request_id, message.region, message.first_page, message.page_count]
     if isinstance(message, pb.FetchPagesResponse):
         content = message.WhichOneof("content")
-        values += [message.generation, message.digest, content, *content_of(message)]
+        values += [message.generation, message.digest, message.read_ns, content, *content_of(message)]
     return values
 
 
@@ -84,7 +85,7 @@ def c_values(kind, raw):
         if got.data_bytes:
             assert pointer <= got.data < got.data + got.data_bytes <= pointer + len(raw)
         data = ffi.buffer(got.data, got.data_bytes)[:] if got.data_bytes else b""
-        values += [got.generation, got.digest, content, got.compression, data]
+        values += [got.generation, got.digest, got.read_ns, content, got.compression, data]
     return values
 
 
@@ -118,7 +119,7 @@ def c_encoded(message):
         length = lib.mig_wire_encode_request(ffi.new("struct mig_fetch_request *", fields), header)
         return ffi.buffer(header, length)[:]
     content = message.WhichOneof("content")
-    fields |= {"generation": message.generation, "digest": message.digest}
+    fields |= {"generation": message.generation, "digest": message.digest, "read_ns": message.read_ns}
     compression, data = content_of(message)
     fields |= {"content": CONTENTS[content], "compression": compression, "data_bytes": len(data)}
     length = lib.mig_wire_encode_response(ffi.new("struct mig_fetch_response *", fields), header)
@@ -140,7 +141,7 @@ def test_what_protobuf_writes_c_reads_equal(message):
 
 @pytest.mark.parametrize("content", CONTENTS)
 def test_largest_header_fits(content):
-    message = dict.fromkeys(("request_id", "first_page", "generation", "digest"), 2**64 - 1)
+    message = dict.fromkeys(("request_id", "first_page", "generation", "digest", "read_ns"), 2**64 - 1)
     message |= {"region": 2**32 - 1, "page_count": 2**32 - 1, "content": CONTENTS[content], "data_bytes": 2**32 - 1}
     message["compression"] = -1
     header = ffi.new("uint8_t[]", 256)
@@ -237,7 +238,7 @@ def test_last_content_counts(data, order):
     }
     raw = b"".join(parts[name] for name in order)
     check_equal(pb.FetchPagesResponse, raw)
-    assert c_values(pb.FetchPagesResponse, raw)[6] == order[-1]
+    assert c_values(pb.FetchPagesResponse, raw)[7] == order[-1]
 
 
 @given(contents=st.lists(zero_fields | compressed_fields | st.just(sub_message(6, b"x")), min_size=2, max_size=4))

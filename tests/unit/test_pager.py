@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 
 import pytest
 
@@ -48,6 +49,37 @@ def test_fault_is_claimed_placed_and_recorded(toucher, pager):
     assert record.thread_id != 0
     counters = pager.counters()
     assert (counters.urgent_pages, counters.missing_pages, counters.faults) == (1, PAGES - 1, 1)
+
+
+def test_stages_of_a_fault_are_recorded_in_their_order(toucher, pager):
+    toucher.touch(5)
+    assert pager.claim_urgent(CLAIM_US) == [5]
+    pager.note_sent(time.monotonic_ns())
+    pager.note_read(4, 2, 777)
+    pager.place_data(5, 1, page_of(5), PageKind.URGENT, None)
+    assert toucher.result() == (5, sha256(page_of(5)))
+    (record,) = pager.drain_records()
+    assert 0 < record.event_ns <= record.taken_ns <= record.sent_ns <= record.replied_ns <= record.placed_ns
+    assert record.read_ns == 777
+
+
+def test_fault_on_a_page_that_the_background_asked_for_has_no_request_of_its_own(toucher, pager):
+    assert pager.claim_run(8) == (0, 8)
+    toucher.touch(5)
+    wait_until(lambda: pager.counters().faults == 1, 5, "the fault")
+    pager.place_data(0, 8, b"".join(map(page_of, range(8))), PageKind.BACKGROUND, None)
+    assert toucher.result() == (5, sha256(page_of(5)))
+    (record,) = pager.drain_records()
+    assert (record.taken_ns, record.sent_ns, record.read_ns, record.kind) == (0, 0, 0, PageKind.BACKGROUND)
+    assert record.event_ns <= record.replied_ns <= record.placed_ns
+
+
+def test_maps_of_missing_pages_and_of_zeros(pager):
+    pager.place_data(3, 2, page_of(3) + page_of(4), PageKind.BACKGROUND, None)
+    pager.place_zero(10, 5)
+    missing, zero = (int.from_bytes(pager.copy_map(known_zero=known), "little") for known in (False, True))
+    assert zero == sum(1 << page for page in range(10, 15))
+    assert missing == (1 << PAGES) - 1 - zero - (1 << 3) - (1 << 4)
 
 
 def test_two_faults_on_one_page_are_one_request_and_two_records(toucher, pager):
