@@ -69,6 +69,12 @@ class ConfigError(MigrateError):
     grpc_status = "INVALID_ARGUMENT"
 
 
+class TraceError(MigrateError):
+    """A trace cannot be written or read."""
+
+    grpc_status = "FAILED_PRECONDITION"
+
+
 class NotFoundError(MigrateError):
     """There is no such guest or migration here."""
 

@@ -61,6 +61,11 @@ def _migration(response: Any) -> types.Migration:
     return found
 
 
+def _part(response: Any) -> types.TracePart:
+    found: types.TracePart = response.part
+    return found
+
+
 def _statistics(response: Any) -> types.GuestStatistics:
     found: types.GuestStatistics = response.statistics
     return found
@@ -141,6 +146,11 @@ def watch_migration(migration_id: str, *, live: bool) -> Call[types.Migration]:
     """WatchMigration, a stream."""
     request = operator.WatchMigrationRequest(migration_id=migration_id, live=live)
     return Call(MIGRATIONS, "WatchMigration", request, _migration, None)
+
+
+def watch_trace(migration_id: str) -> Call[types.TracePart]:
+    """WatchTrace, a stream."""
+    return Call(MIGRATIONS, "WatchTrace", operator.WatchTraceRequest(migration_id=migration_id), _part, None)
 
 
 def start_switchover(migration_id: str) -> Call[None]:

@@ -126,6 +126,16 @@ class Migrations:
         """
         return self._connection.stream(calls.watch_migration(migration_id, live=live))
 
+    def trace(self, migration_id: str) -> Generator[types.TracePart, None, None]:
+        """What is traced of a migration that was started with `trace`, part by part, at its source, as it comes.
+
+        It ends once the trace is whole, or will come no further. Each part is given once.
+
+        Raises:
+            ConfigError: it is not traced.
+        """
+        return self._connection.stream(calls.watch_trace(migration_id))
+
     def follow(
         self,
         migration_id: str,

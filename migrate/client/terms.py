@@ -86,6 +86,7 @@ class MigrationTerms(TypedDict, total=False):
         peer_timeout_us: Silence after which a daemon counts as lost; 5 s.
         deadline_us: How long pages may stay away after the switchover; 0, the default, is for ever.
         on_deadline: What the destination does then: "stop" (the default) ends the guest, "poison" lets it run on.
+        trace: Whether every fault is kept for Migrations.trace().
     """
 
     mode: str | None
@@ -99,6 +100,7 @@ class MigrationTerms(TypedDict, total=False):
     peer_timeout_us: int
     deadline_us: int
     on_deadline: str
+    trace: bool
 
 
 def guest_spec(name: str, **terms: Unpack[GuestTerms]) -> types.GuestSpec:
@@ -146,6 +148,7 @@ def start_request(guest: str, to: str, **terms: Unpack[MigrationTerms]) -> opera
         peer_timeout_us=terms.get("peer_timeout_us", PEER_TIMEOUT_DEFAULT_US),
         deadline_us=terms.get("deadline_us", 0),
         on_deadline=_value(DEADLINE_ACTIONS, "on_deadline", terms.get("on_deadline", "stop")),
+        trace=terms.get("trace", False),
     )
 
 

@@ -34,6 +34,8 @@ CALLS: Mapping[str, frozenset[Role]] = {
     "/migrate.v1.MigrationService/GetMigration": _READERS,
     "/migrate.v1.MigrationService/ListMigrations": _READERS,
     "/migrate.v1.MigrationService/WatchMigration": _READERS,
+    # It tells which pages a guest touches, and is gone once it was read.
+    "/migrate.v1.MigrationService/WatchTrace": _OPERATORS,
     "/migrate.v1.MigrationService/StartSwitchover": _OPERATORS,
     "/migrate.v1.MigrationService/CancelMigration": _OPERATORS,
     "/migrate.v1.MigrationService/RecoverMigration": _OPERATORS,
@@ -42,6 +44,7 @@ CALLS: Mapping[str, frozenset[Role]] = {
     "/migrate.v1.TransferService/Switchover": _HOSTS,
     "/migrate.v1.TransferService/GetIncoming": _HOSTS,
     "/migrate.v1.TransferService/Complete": _HOSTS,
+    "/migrate.v1.TransferService/RecordTrace": _HOSTS,
     "/migrate.v1.TransferService/Abort": _HOSTS,
     "/migrate.v1.TransferService/ResumeMigration": _HOSTS,
     "/migrate.v1.PageService/FetchPages": _HOSTS,

@@ -179,6 +179,16 @@ class MigrationRegistry:
             return
         complete_past(past, request)
 
+    def record_trace(self, request: transfer.RecordTraceRequest) -> None:
+        """A part of the trace of a migration that leaves here.
+
+        Raises:
+            NotFoundError: none does.
+            PermissionDeniedError: not its token.
+            ConfigError: it is not traced.
+        """
+        self._outgoing(request.migration_id).record_trace(request.token, request.part)
+
     # ---- as a destination ----
 
     def prepare(self, request: transfer.PrepareRequest, peer_host: str) -> transfer.PrepareResponse:

@@ -74,6 +74,10 @@ class GrpcPeer:
         """END."""
         self._call(lambda stub: stub.Complete, request, self._timeout_s)
 
+    def record_trace(self, request: transfer.RecordTraceRequest) -> None:
+        """Hand over a part of a trace."""
+        self._call(lambda stub: stub.RecordTrace, request, self._timeout_s)
+
     def abort(self, migration_id: str, reason: str, attempt: int) -> None:
         """Undo Prepare; returns only if this attempt and those before it never ran there and never will."""
         request = transfer.AbortRequest(migration_id=migration_id, reason=reason, attempt=attempt)

@@ -130,6 +130,23 @@ class MigrationServicer(migration_rpc.MigrationServiceServicer):
                 if is_final:
                     return
 
+    def WatchTrace(
+        self, request: migration.WatchTraceRequest, context: grpc.ServicerContext
+    ) -> Iterator[migration.WatchTraceResponse]:
+        record = self._migrations.record(request.migration_id)
+        if record.trace is None:
+            raise ConfigError(
+                f"migration {request.migration_id!r} is not traced here", remedy="ask its source, and start it traced"
+            )
+        while context.is_active() and not self._stopping.is_set():
+            # What comes of a trace comes before the end.
+            is_final = record.is_final
+            part = record.trace.take(0 if is_final else _WATCH_POLL_S)
+            if part is not None:
+                yield migration.WatchTraceResponse(part=part)
+            elif is_final or record.trace.is_read:
+                return
+
     def StartSwitchover(
         self, request: migration.StartSwitchoverRequest, context: grpc.ServicerContext
     ) -> migration.StartSwitchoverResponse:
@@ -188,6 +205,13 @@ class TransferServicer(transfer_rpc.TransferServiceServicer):
         self._check(request.migration_id, context)
         self._migrations.complete(request)
         return transfer.CompleteResponse()
+
+    def RecordTrace(
+        self, request: transfer.RecordTraceRequest, context: grpc.ServicerContext
+    ) -> transfer.RecordTraceResponse:
+        self._check(request.migration_id, context)
+        self._migrations.record_trace(request)
+        return transfer.RecordTraceResponse()
 
     def Abort(self, request: transfer.AbortRequest, context: grpc.ServicerContext) -> transfer.AbortResponse:
         self._check(request.migration_id, context)

@@ -102,9 +102,10 @@ class GuestClient:
         """Let holes read as zero."""
         self._plain(pb.GuestRequest(disarm=pb.DisarmRequest()))
 
-    def statistics(self) -> types.GuestStatistics:
-        """What the guest knows about itself."""
-        return self._plain(pb.GuestRequest(statistics=pb.StatisticsRequest())).statistics.statistics
+    def statistics(self, *, with_stalls: bool = False) -> types.GuestStatistics:
+        """What the guest knows about itself, with every bucket of its stalls if wanted."""
+        request = pb.GuestRequest(statistics=pb.StatisticsRequest(with_stalls=with_stalls))
+        return self._plain(request).statistics.statistics
 
     def audit(self, deadline_us: int) -> types.GuestStatistics:
         """Have every page of the working set compared. On a connection of its own: it takes its time."""

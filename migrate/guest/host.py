@@ -48,6 +48,7 @@ def _describe(guest: Guest, _: pb.GuestRequest) -> tuple[pb.GuestResponse, list[
         is_armed=guest.is_armed,
         has_dirty_log=not guest.no_dirty_log,
         no_dirty_log_reason=guest.no_dirty_log,
+        vcpu_thread_ids=guest.vcpu_thread_ids(),
     )
     return pb.GuestResponse(describe=described), [guest.memfd]
 
@@ -71,9 +72,10 @@ def _sync_dirty_log(guest: Guest, request: pb.GuestRequest) -> tuple[pb.GuestRes
     return pb.GuestResponse(sync_dirty_log=pb.SyncDirtyLogResponse(dirty_pages=dirty_pages)), []
 
 
-def _statistics(guest: Guest, _: pb.GuestRequest) -> tuple[pb.GuestResponse, list[int]]:
-    statistics = pb.StatisticsResponse(statistics=guest.statistics(), state=guest.state)
-    return pb.GuestResponse(statistics=statistics), []
+def _statistics(guest: Guest, request: pb.GuestRequest) -> tuple[pb.GuestResponse, list[int]]:
+    statistics = guest.statistics(with_stalls=request.statistics.with_stalls)
+    answer = pb.StatisticsResponse(statistics=statistics, state=guest.state)
+    return pb.GuestResponse(statistics=answer), []
 
 
 def _audit(guest: Guest, request: pb.GuestRequest) -> tuple[pb.GuestResponse, list[int]]:

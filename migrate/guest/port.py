@@ -82,6 +82,10 @@ class Guest(ABC):
         )
         return types.GuestDescription(spec=self._spec, page_size_bytes=PAGE_SIZE_BYTES, regions=[region])
 
+    def vcpu_thread_ids(self) -> list[int]:
+        """The thread of each vCPU, as its faults name it; empty if that is not known."""
+        return []
+
     # ---- vCPUs and devices ----
 
     def pause(self) -> None:
@@ -233,7 +237,7 @@ class Guest(ABC):
 
     # ---- what it knows of itself ----
 
-    def statistics(self) -> types.GuestStatistics:
+    def statistics(self, *, with_stalls: bool = False) -> types.GuestStatistics:  # noqa: ARG002 - for those that have
         """What the guest knows of itself, without touching RAM: nothing, if what runs in it is not ours to ask."""
         return types.GuestStatistics()
 

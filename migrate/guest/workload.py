@@ -23,7 +23,7 @@ from migrate.guest.spec import check_spec
 from migrate.guest.userfaultfd import Userfaultfd
 from migrate.native import uffd
 from migrate.native.machine import MAILBOX_BYTES, Machine, check_vcpu_state, supported_cpuid
-from migrate.telemetry.histogram import distribution_of_ticks
+from migrate.telemetry.histogram import distribution_of_ticks, durations_of_ticks
 from migrate.v1 import guest_protocol_pb2 as pb
 from migrate.v1 import types_pb2 as types
 
@@ -91,6 +91,10 @@ class WorkloadGuest(Guest):
         description.cpuid.extend(self._cpuid)
         return description
 
+    def vcpu_thread_ids(self) -> list[int]:
+        """The thread of each vCPU, as its faults name it."""
+        return self._machine.thread_ids()
+
     def _stop(self) -> None:
         self._machine.pause(_PAUSE_TIMEOUT_US)
 
@@ -148,7 +152,7 @@ class WorkloadGuest(Guest):
     def _touches(self) -> int:
         return _sum_u64(self._machine.mailbox(index).touches for index in range(self._spec.vcpus))
 
-    def statistics(self) -> types.GuestStatistics:
+    def statistics(self, *, with_stalls: bool = False) -> types.GuestStatistics:
         """Sums over all vCPUs, from the mailboxes alone."""
         boxes = [self._machine.mailbox(index) for index in range(self._spec.vcpus)]
         histograms = [list(box.stall_histogram) for box in boxes]
@@ -161,6 +165,7 @@ class WorkloadGuest(Guest):
                 f"page {wrong.first_error_page:#x}: expected {wrong.first_error_expected:#x},"
                 f" found {wrong.first_error_found:#x}"
             )
+        stalls = durations_of_ticks(buckets, self._machine.tsc_khz, STALL_MIN_US) if with_stalls else []
         return types.GuestStatistics(
             touches=self._touches(),
             writes=_sum_u64(box.writes for box in boxes),
@@ -168,6 +173,7 @@ class WorkloadGuest(Guest):
             stall_us=distribution_of_ticks(buckets, self._machine.tsc_khz, max_ticks, STALL_MIN_US),
             audits=min(box.audit_done for box in boxes),
             first_error=first_error,
+            stalls=[types.StallCount(stall_us=stall_us, count=count) for stall_us, count in stalls],
         )
 
     def audit(self, deadline_us: int) -> types.GuestStatistics:

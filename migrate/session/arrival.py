@@ -23,6 +23,7 @@ from migrate.session.live import MAP_CELLS
 from migrate.session.page_flow import PageFlow
 from migrate.session.ports import GuestPort, PeerOf, PeerPort
 from migrate.session.states import Event, State
+from migrate.session.tracing import TraceFeed
 from migrate.telemetry.clock import Clock
 from migrate.telemetry.faults import FaultLatencies
 from migrate.v1 import daemon_state_pb2 as saved
@@ -122,9 +123,19 @@ class Arrival:
         link: Where they come from.
         clock: Times it all.
         is_taken_up: Whether a daemon before this one placed some of the pages.
+        trace: Told everything that was seen, if it is traced.
     """
 
-    def __init__(self, ledger: Ledger, flow: PageFlow, link: SourceLink, clock: Clock, *, is_taken_up: bool) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        flow: PageFlow,
+        link: SourceLink,
+        clock: Clock,
+        *,
+        is_taken_up: bool,
+        trace: TraceFeed | None = None,
+    ) -> None:
         self._ledger = ledger
         self._record = ledger.record
         self._saved = ledger.entry.destination
@@ -132,6 +143,7 @@ class Arrival:
         self._link = link
         self._clock = clock
         self._is_taken_up = is_taken_up
+        self._trace = trace
         self._latencies = FaultLatencies()
         self._stopping = threading.Event()
         self._forced = threading.Event()
@@ -148,10 +160,12 @@ class Arrival:
             MigrateError: what nobody can mend.
         """
         self._moved_us = self._clock.now_us()
+        if self._trace is not None:
+            self._trace.add_threads(list(twin.guest.look().vcpu_thread_ids))
         if self._flow.is_armed:
             self._place_all(twin)
             self._finish_pages(twin)
-        self.observe(twin)
+        self.observe(twin, with_stalls=self._trace is not None)
         self._record.update(self._note_final)
         self._report_end()
         reach(Point.DESTINATION_ACKNOWLEDGED, self._record.migration_id)
@@ -182,6 +196,8 @@ class Arrival:
     def _place_all(self, twin: Twin) -> None:
         while not self._is_complete():
             self.observe(twin)
+            if self._trace is not None and self._record.state is State.POSTCOPY:
+                self._trace.hand_over_now_and_then(self._link.peer, self._record.migration_id, self._saved.token)
             if self._record.state is State.POSTCOPY_PAUSED:
                 self._recover(twin)
 
@@ -266,6 +282,10 @@ class Arrival:
                 "the memory that arrived is not the one whose digest the source took while it was paused"
             )
         reach(Point.DESTINATION_COMPLETE, self._record.migration_id)
+        if self._trace is not None:
+            with self._flow.using() as pager:
+                if pager is not None:
+                    self._trace.add_bitmap("zero_at_end", pager.copy_map(known_zero=True))
         twin.guest.disarm()
         reach(Point.DESTINATION_DISARMED, self._record.migration_id)
 
@@ -277,6 +297,9 @@ class Arrival:
                 migration_id=self._record.migration_id, token=self._saved.token, migration=self._record.snapshot()
             )
             try:
+                if self._trace is not None:
+                    peer, token = self._link.peer, self._saved.token
+                    self._trace.hand_over(peer, self._record.migration_id, token, is_last=True)
                 self._link.peer.complete(request)
             except MigrateError as error:
                 self._record.note_error(error)
@@ -288,15 +311,20 @@ class Arrival:
 
     # ---- figures ----
 
-    def observe(self, twin: Twin) -> None:
-        """Take over what the pager and the guest know.
+    def observe(self, twin: Twin, *, with_stalls: bool = False) -> None:
+        """Take over what the pager and the guest know, for the trace with every bucket of its stalls.
 
         Raises:
             GuestGoneError: the guest process died.
         """
-        self._latencies.add(self._flow.drain_records(), self._clock.now_us())
+        served = self._flow.drain_records()
+        self._latencies.add(served, self._clock.now_us())
+        if self._trace is not None:
+            self._trace.add_faults(served)
         self.observe_pages()
-        statistics = twin.guest.statistics()
+        statistics = twin.guest.statistics(with_stalls=with_stalls)
+        if self._trace is not None and with_stalls:
+            self._trace.add_stalls(statistics)
 
         def change(migration: types.Migration) -> None:
             migration.guest_touches = statistics.touches
@@ -315,6 +343,8 @@ class Arrival:
             self._missing_pages = counters.missing_pages
             self._moved_us = self._clock.now_us()
         wire_bytes = self._flow.wire_bytes
+        if self._trace is not None and self._trace.wants_sample(counters.missing_pages):
+            self._trace.add_sample(counters, self._flow.missing_map(MAP_CELLS), wire_bytes)
 
         def change(migration: types.Migration) -> None:
             migration.pages.zero = counters.zero_pages

@@ -95,6 +95,7 @@ class Attempt:
         self._precopy: Precopy | None = None
         self._is_published = False
         self.paused_us: int | None = None
+        self.downtime = types.DowntimeParts()
 
     @property
     def precopy(self) -> Precopy | None:
@@ -139,6 +140,7 @@ class Attempt:
                     peer_timeout_us=request.peer_timeout_us,
                     deadline_us=request.deadline_us,
                     on_deadline=request.on_deadline,
+                    trace=request.trace,
                 )
             )
         compression = types.PAGE_COMPRESSION_NONE
@@ -194,7 +196,14 @@ class Attempt:
             return
         compression = Compression(self._saved.compression or types.PAGE_COMPRESSION_NONE)
         destination = Endpoint.parse(self._saved.to).host
-        self._out.exports.publish(self._id, self._saved.token, self._source, compression, destination)
+        self._out.exports.publish(
+            self._id,
+            self._saved.token,
+            self._source,
+            compression,
+            destination,
+            times_replies=self._saved.request.trace,
+        )
         if generation is not None:
             self._out.exports.set_generation(self._id, generation)
         self._is_published = True
@@ -226,8 +235,9 @@ class Attempt:
             raise LocalProtocolError("switchover before prepare")
         self._advance(Event.PREPARED if self._precopy is None else Event.SWITCHOVER)
         with_all = how is Next.SWITCH_WITH_ALL
-        self.paused_us = self._out.clock.now_us()
+        self.paused_us = lap_us = self._out.clock.now_us()
         self._out.guest.pause()
+        self.downtime.pause_us, lap_us = self._lap(lap_us)
         reach(Point.SOURCE_PAUSED, self._id)
         if self._precopy is not None:
             with self._calling():
@@ -235,7 +245,9 @@ class Attempt:
         memory_digest = self._source.take_digests() if self._saved.request.verify else 0
         # Pages are served from before the state is loaded, which may touch some.
         self.publish()
+        self.downtime.last_round_us, lap_us = self._lap(lap_us)
         state, touches = self._out.guest.save_state()
+        self.downtime.save_us, lap_us = self._lap(lap_us)
         self._record.update(lambda migration: figures.note_touches(migration, touches))
         request = transfer.SwitchoverRequest(
             migration_id=self._id,
@@ -247,7 +259,7 @@ class Attempt:
         )
         reach(Point.SOURCE_SWITCHING, self._id)
         try:
-            self._out.link.peer.switch_over(request)
+            there = self._out.link.peer.switch_over(request)
         except MigrateError as error:
             if error.holder is GuestHolder.SOURCE:
                 if isinstance(error, GuestBusyError):
@@ -255,6 +267,9 @@ class Attempt:
                 raise
             self._record.note_error(error)
             learn_whether_it_runs(self._record, lambda: self._out.link.peer, self.number, error, self._out.pause)
+        else:
+            self.downtime.last_pages_us, self.downtime.load_us = there.last_pages_us, there.load_state_us
+            self.downtime.resume_us = there.resume_us
 
     # ---- ends ----
 
@@ -275,6 +290,11 @@ class Attempt:
         self._memfds = []
 
     # ---- parts ----
+
+    def _lap(self, since_us: int) -> tuple[int, int]:
+        """Microseconds since then, and when it is now."""
+        now_us = self._out.clock.now_us()
+        return now_us - since_us, now_us
 
     def _advance(self, event: Event) -> None:
         """A step that a cancellation may have come before."""

@@ -35,6 +35,7 @@ from migrate.session.record import MigrationRecord, nothing_to_recover
 from migrate.session.refusals import as_lost_attempt, why_not_prepared, why_not_running
 from migrate.session.rules import check_token
 from migrate.session.states import Event, Machine, Side, State
+from migrate.session.tracing import TraceFeed
 from migrate.telemetry.clock import Clock
 from migrate.units import bytes_to_pages
 from migrate.v1 import daemon_state_pb2 as saved
@@ -128,7 +129,12 @@ class DestinationSession:
             fetcher_of,
             self._on_fetch_failure,
         )
-        self._arrival = Arrival(self._ledger, self._flow, self._link, clock, is_taken_up=self._is_taken_up)
+        self._trace = TraceFeed(clock) if incoming.trace else None
+        if self._trace is not None:
+            self.record.on_step = self._trace.add_state
+        self._arrival = Arrival(
+            self._ledger, self._flow, self._link, clock, is_taken_up=self._is_taken_up, trace=self._trace
+        )
         self.record.live.gather_by(self._arrival.live_figures)
 
     # ---- called by the source ----
@@ -231,7 +237,7 @@ class DestinationSession:
         reach(Point.DESTINATION_SWITCHING, self.record.migration_id)
         started_us = self._clock.now_us()
         try:
-            loaded_us = self._load(self._twin, request, started_us)
+            complete_us, loaded_us = self._load(self._twin, request, started_us)
             self._twin.guest.resume()
         except (MigrateError, PagerStoppedError) as error:
             aborted = why_not_running(error)
@@ -244,7 +250,11 @@ class DestinationSession:
             if self._flow.failure is not None:
                 self._on_fetch_failure(self._flow.failure)
         reach(Point.DESTINATION_RUNNING, self.record.migration_id)
-        return transfer.SwitchoverResponse(load_state_us=loaded_us - started_us, resume_us=running_us - loaded_us)
+        return transfer.SwitchoverResponse(
+            last_pages_us=complete_us - started_us,
+            load_state_us=loaded_us - complete_us,
+            resume_us=running_us - loaded_us,
+        )
 
     def abort(self, reason: str) -> None:
         """Undo Prepare and never run the guest. Repeating it is harmless.
@@ -361,15 +371,18 @@ class DestinationSession:
         pager.find_present(self._memfds[0])
         self._arrival.recover_now()
 
-    def _load(self, twin: Twin, request: transfer.SwitchoverRequest, started_us: int) -> int:
-        """All that comes before the vCPUs run; when the state was loaded."""
+    def _load(self, twin: Twin, request: transfer.SwitchoverRequest, started_us: int) -> tuple[int, int]:
+        """All that comes before the vCPUs run; when no page was waited for any more, and when the state was loaded."""
         with self._flow.using() as pager:
             if pager is None:
                 raise PagerStoppedError
             if request.complete_within_us:
                 within_us = min(request.complete_within_us, int(SWITCHOVER_DEADLINE_S * 1_000_000))
                 self._await_last_round(pager, started_us + within_us)
+            complete_us = self._clock.now_us()
             pager.go_live()
+            if self._trace is not None:
+                self._trace.add_bitmap("missing_at_switchover", pager.copy_map())
         # The stream goes on while the state is loaded, and that the vCPUs may run is written: none needs the others.
         self._flow.fetch()
         self._saved.memory_digest = request.memory_digest
@@ -388,7 +401,7 @@ class DestinationSession:
             if failure is not None:
                 raise failure
         reach(Point.DESTINATION_MAY_RUN, self.record.migration_id)
-        return loaded_us
+        return complete_us, loaded_us
 
     def _write_may_run(self, failures: list[MigrateError]) -> None:
         try:

@@ -31,6 +31,14 @@ def note_touches(migration: types.Migration, touches: int) -> None:
     migration.guest_touches = migration.guest_touches_at_switchover = touches
 
 
+def note_downtime(migration: types.Migration, downtime_us: int, parts: types.DowntimeParts) -> None:
+    """How long no vCPU ran, and what is known of where that went; the rest was on the way."""
+    migration.downtime_us = downtime_us
+    migration.downtime.CopyFrom(parts)
+    known_us = sum(getattr(parts, field.name) for field in parts.DESCRIPTOR.fields)
+    migration.downtime.transfer_us = max(0, downtime_us - known_us)
+
+
 def merge_pages(migration: types.Migration, destination: types.Migration, generation: int) -> None:
     """The figures of a precopy that only the destination can know."""
     migration.bytes_on_wire = destination.bytes_on_wire

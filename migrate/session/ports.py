@@ -63,8 +63,8 @@ class GuestPort(Protocol):
         """Let holes read as zero."""
         ...
 
-    def statistics(self) -> types.GuestStatistics:
-        """What the guest knows about itself."""
+    def statistics(self, *, with_stalls: bool = False) -> types.GuestStatistics:
+        """What the guest knows about itself, with every bucket of its stalls if wanted."""
         ...
 
 
@@ -92,6 +92,10 @@ class PeerPort(Protocol):
 
     def complete(self, request: transfer.CompleteRequest) -> None:
         """END."""
+        ...
+
+    def record_trace(self, request: transfer.RecordTraceRequest) -> None:
+        """Hand over a part of a trace."""
         ...
 
     def abort(self, migration_id: str, reason: str, attempt: int) -> None:

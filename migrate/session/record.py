@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from migrate.error_info import error_info, wire_holder
 from migrate.errors import LOST_REMEDY, GuestBusyError, GuestHolder, GuestLostError, MigrateError
@@ -11,6 +12,9 @@ from migrate.telemetry.clock import Clock
 from migrate.telemetry.steps import note_begun, note_step
 from migrate.units import PAGE_SIZE_BYTES
 from migrate.v1 import types_pb2 as types
+
+if TYPE_CHECKING:
+    from migrate.session.tracing import TraceInbox
 
 
 class MigrationRecord:
@@ -35,6 +39,10 @@ class MigrationRecord:
         self._foreseen_us: int | None = None
         self._version = 0
         self.live = Live()
+        self.trace: TraceInbox | None = None
+        """At the source, if it is traced."""
+        self.on_step: Callable[[State], None] = lambda _state: None
+        """Told the state after each change of it."""
         self.lock = threading.RLock()
         self._changed = threading.Condition(self.lock)
         migration.side = types.MigrationSide.ValueType(machine.side.value)
@@ -94,6 +102,7 @@ class MigrationRecord:
                 self._set_error(error)
             self._publish()
             if self._machine.state is not before or event is Event.RETRY:
+                self.on_step(self._machine.state)
                 note_step(self._migration, before.value, error)
 
     def note_error(self, error: MigrateError) -> None:

@@ -15,6 +15,7 @@ from migrate.config import CONNECT_DEADLINE_S, PEER_TIMEOUT_DEFAULT_US, Endpoint
 from migrate.errors import (
     AttemptLostError,
     ChannelError,
+    ConfigError,
     GuestBusyError,
     GuestGoneError,
     GuestHolder,
@@ -35,6 +36,7 @@ from migrate.session.record import MigrationRecord, nothing_to_recover
 from migrate.session.rules import check_terms, check_token, choose_transport
 from migrate.session.serving import LOST_WORDS, DestinationLink, Serving
 from migrate.session.states import FINAL_STATES, Event, Machine, Side, State
+from migrate.session.tracing import TraceInbox
 from migrate.session.two_generals import learn_whether_it_runs
 from migrate.telemetry.clock import Clock
 from migrate.v1 import daemon_state_pb2 as saved
@@ -122,6 +124,8 @@ class SourceSession:
             ),
             clock,
         )
+        if request.trace:
+            self.record.trace = TraceInbox()
         self._ledger = Ledger(self.record, entry, journal)
         terms = Terms(
             mode,
@@ -246,6 +250,18 @@ class SourceSession:
         return transfer.ResumeMigrationResponse(
             page_endpoint=str(self._link.page_endpoint), migration=self.record.snapshot()
         )
+
+    def record_trace(self, token: str, part: types.TracePart) -> None:
+        """The destination hands over a part of the trace.
+
+        Raises:
+            PermissionDeniedError: not this migration's token.
+            ConfigError: it is not traced.
+        """
+        check_token(token, self._saved.token)
+        if self.record.trace is None:
+            raise ConfigError("the migration is not traced")
+        self.record.trace.add(part)
 
     def complete(self, token: str, destination: types.Migration) -> None:
         """END arrived from the destination. Repeating it is harmless.
@@ -406,9 +422,9 @@ class SourceSession:
         with self.record.lock:
             if self.record.state is State.SWITCHOVER:
                 paused_us = self._attempt.paused_us if self._attempt is not None else None
-                if paused_us is not None:
-                    downtime_us = self._clock.now_us() - paused_us
-                    self.record.update(lambda migration: _note_downtime(migration, downtime_us))
+                if self._attempt is not None and paused_us is not None:
+                    downtime_us, parts = self._clock.now_us() - paused_us, self._attempt.downtime
+                    self.record.update(lambda migration: figures.note_downtime(migration, downtime_us, parts))
                 self.record.on(Event.RUNNING)
 
     def _publish_again(self) -> None:
@@ -484,7 +500,3 @@ class SourceSession:
 
 def _is_final(state: State) -> bool:
     return state in FINAL_STATES
-
-
-def _note_downtime(migration: types.Migration, downtime_us: int) -> None:
-    migration.downtime_us = downtime_us

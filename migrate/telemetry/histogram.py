@@ -1,6 +1,6 @@
 """Percentiles: exact ones of a list, and those of the guest's log-linear histogram of TSC ticks."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from math import ceil
 
 from migrate.v1 import types_pb2 as types
@@ -31,7 +31,7 @@ def distribution_of_ticks(
     buckets: Sequence[int], tsc_khz: int, max_ticks: int, at_least_us: float
 ) -> types.Distribution:
     """The distribution of a histogram's durations of at least `at_least_us`; `max` is exact, the rest midpoints."""
-    kept = [(us, count) for us, count in _durations(buckets, tsc_khz) if us >= at_least_us]
+    kept = durations_of_ticks(buckets, tsc_khz, at_least_us)
     total = sum(count for _, count in kept)
     if not total:
         return types.Distribution()
@@ -41,10 +41,12 @@ def distribution_of_ticks(
     return types.Distribution(count=total, mean=min(max_us, mean), max=max_us, **quantiles)
 
 
-def _durations(buckets: Sequence[int], tsc_khz: int) -> Iterator[tuple[float, int]]:
-    for bucket, count in enumerate(buckets):
-        if count:
-            yield bucket_midpoint_ticks(bucket) * 1000 / tsc_khz, count
+def durations_of_ticks(buckets: Sequence[int], tsc_khz: int, at_least_us: float) -> list[tuple[float, int]]:
+    """The middle of each of a histogram's buckets of at least `at_least_us`, and how many durations it holds."""
+    durations = (
+        (bucket_midpoint_ticks(bucket) * 1000 / tsc_khz, count) for bucket, count in enumerate(buckets) if count
+    )
+    return [(us, count) for us, count in durations if us >= at_least_us]
 
 
 def _at_rank(kept: list[tuple[float, int]], rank: int) -> float:

@@ -128,6 +128,7 @@ class SavedDestination(_message.Message):
     DEADLINE_US_FIELD_NUMBER: _builtins.int
     ON_DEADLINE_FIELD_NUMBER: _builtins.int
     INSTANCE_FIELD_NUMBER: _builtins.int
+    TRACE_FIELD_NUMBER: _builtins.int
     guest: _builtins.str
     token: _builtins.str
     attempt: _builtins.int
@@ -150,6 +151,7 @@ class SavedDestination(_message.Message):
     on_deadline: _types_pb2.DeadlineAction.ValueType
     instance: _builtins.str
     """Of the guest process; empty until there is one."""
+    trace: _builtins.bool
     def __init__(
         self,
         *,
@@ -172,10 +174,11 @@ class SavedDestination(_message.Message):
         deadline_us: _builtins.int = ...,
         on_deadline: _types_pb2.DeadlineAction.ValueType = ...,
         instance: _builtins.str = ...,
+        trace: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "compression", b"compression", "control_endpoint", b"control_endpoint", "deadline_us", b"deadline_us", "fenced_attempt", b"fenced_attempt", "guest", b"guest", "guest_touches", b"guest_touches", "instance", b"instance", "max_bandwidth_bytes_per_s", b"max_bandwidth_bytes_per_s", "may_run", b"may_run", "memory_digest", b"memory_digest", "mode", b"mode", "on_deadline", b"on_deadline", "order", b"order", "page_endpoint", b"page_endpoint", "peer_timeout_us", b"peer_timeout_us", "token", b"token", "transport", b"transport", "verify", b"verify"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "compression", b"compression", "control_endpoint", b"control_endpoint", "deadline_us", b"deadline_us", "fenced_attempt", b"fenced_attempt", "guest", b"guest", "guest_touches", b"guest_touches", "instance", b"instance", "max_bandwidth_bytes_per_s", b"max_bandwidth_bytes_per_s", "may_run", b"may_run", "memory_digest", b"memory_digest", "mode", b"mode", "on_deadline", b"on_deadline", "order", b"order", "page_endpoint", b"page_endpoint", "peer_timeout_us", b"peer_timeout_us", "token", b"token", "trace", b"trace", "transport", b"transport", "verify", b"verify"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

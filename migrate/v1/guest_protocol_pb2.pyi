@@ -241,6 +241,7 @@ class DescribeResponse(_message.Message):
     IS_ARMED_FIELD_NUMBER: _builtins.int
     HAS_DIRTY_LOG_FIELD_NUMBER: _builtins.int
     NO_DIRTY_LOG_REASON_FIELD_NUMBER: _builtins.int
+    VCPU_THREAD_IDS_FIELD_NUMBER: _builtins.int
     state: _types_pb2.GuestState.ValueType
     pid: _builtins.int
     is_armed: _builtins.bool
@@ -251,6 +252,10 @@ class DescribeResponse(_message.Message):
     """Why it does not."""
     @_builtins.property
     def description(self) -> _types_pb2.GuestDescription: ...
+    @_builtins.property
+    def vcpu_thread_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Of each vCPU, as userfaultfd events name it (UFFD_FEATURE_THREAD_ID); empty if that is not known."""
+
     def __init__(
         self,
         *,
@@ -260,10 +265,11 @@ class DescribeResponse(_message.Message):
         is_armed: _builtins.bool = ...,
         has_dirty_log: _builtins.bool = ...,
         no_dirty_log_reason: _builtins.str = ...,
+        vcpu_thread_ids: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["description", b"description"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "has_dirty_log", b"has_dirty_log", "is_armed", b"is_armed", "no_dirty_log_reason", b"no_dirty_log_reason", "pid", b"pid", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "has_dirty_log", b"has_dirty_log", "is_armed", b"is_armed", "no_dirty_log_reason", b"no_dirty_log_reason", "pid", b"pid", "state", b"state", "vcpu_thread_ids", b"vcpu_thread_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -485,12 +491,17 @@ Global___DisarmResponse: _TypeAlias = DisarmResponse  # noqa: Y015
 class StatisticsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    WITH_STALLS_FIELD_NUMBER: _builtins.int
+    with_stalls: _builtins.bool
+    """Whether the answer shall have `stalls`."""
     def __init__(
         self,
+        *,
+        with_stalls: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["with_stalls", b"with_stalls"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

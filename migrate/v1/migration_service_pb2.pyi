@@ -36,6 +36,7 @@ class StartMigrationRequest(_message.Message):
     PEER_TIMEOUT_US_FIELD_NUMBER: _builtins.int
     DEADLINE_US_FIELD_NUMBER: _builtins.int
     ON_DEADLINE_FIELD_NUMBER: _builtins.int
+    TRACE_FIELD_NUMBER: _builtins.int
     guest: _builtins.str
     to: _builtins.str
     """Control address of the destination daemon, HOST:PORT."""
@@ -54,6 +55,8 @@ class StartMigrationRequest(_message.Message):
     deadline_us: _builtins.int
     """How long pages may stay away after the switchover before on_deadline is done; 0 is for ever."""
     on_deadline: _types_pb2.DeadlineAction.ValueType
+    trace: _builtins.bool
+    """Keep every fault for WatchTrace."""
     def __init__(
         self,
         *,
@@ -70,10 +73,11 @@ class StartMigrationRequest(_message.Message):
         peer_timeout_us: _builtins.int = ...,
         deadline_us: _builtins.int = ...,
         on_deadline: _types_pb2.DeadlineAction.ValueType = ...,
+        trace: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compression", b"compression", "deadline_us", b"deadline_us", "downtime_limit_us", b"downtime_limit_us", "guest", b"guest", "max_bandwidth_bytes_per_s", b"max_bandwidth_bytes_per_s", "mode", b"mode", "on_deadline", b"on_deadline", "on_no_convergence", b"on_no_convergence", "order", b"order", "peer_timeout_us", b"peer_timeout_us", "to", b"to", "transport", b"transport", "verify", b"verify"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compression", b"compression", "deadline_us", b"deadline_us", "downtime_limit_us", b"downtime_limit_us", "guest", b"guest", "max_bandwidth_bytes_per_s", b"max_bandwidth_bytes_per_s", "mode", b"mode", "on_deadline", b"on_deadline", "on_no_convergence", b"on_no_convergence", "order", b"order", "peer_timeout_us", b"peer_timeout_us", "to", b"to", "trace", b"trace", "transport", b"transport", "verify", b"verify"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -216,6 +220,45 @@ class WatchMigrationResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WatchMigrationResponse: _TypeAlias = WatchMigrationResponse  # noqa: Y015
+
+@_typing.final
+class WatchTraceRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MIGRATION_ID_FIELD_NUMBER: _builtins.int
+    migration_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        migration_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["migration_id", b"migration_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchTraceRequest: _TypeAlias = WatchTraceRequest  # noqa: Y015
+
+@_typing.final
+class WatchTraceResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PART_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def part(self) -> _types_pb2.TracePart: ...
+    def __init__(
+        self,
+        *,
+        part: _types_pb2.TracePart | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchTraceResponse: _TypeAlias = WatchTraceResponse  # noqa: Y015
 
 @_typing.final
 class StartSwitchoverRequest(_message.Message):

@@ -55,6 +55,11 @@ class MigrationServiceStub:
                 request_serializer=migrate_dot_v1_dot_migration__service__pb2.WatchMigrationRequest.SerializeToString,
                 response_deserializer=migrate_dot_v1_dot_migration__service__pb2.WatchMigrationResponse.FromString,
                 _registered_method=True)
+        self.WatchTrace = channel.unary_stream(
+                '/migrate.v1.MigrationService/WatchTrace',
+                request_serializer=migrate_dot_v1_dot_migration__service__pb2.WatchTraceRequest.SerializeToString,
+                response_deserializer=migrate_dot_v1_dot_migration__service__pb2.WatchTraceResponse.FromString,
+                _registered_method=True)
         self.StartSwitchover = channel.unary_unary(
                 '/migrate.v1.MigrationService/StartSwitchover',
                 request_serializer=migrate_dot_v1_dot_migration__service__pb2.StartSwitchoverRequest.SerializeToString,
@@ -97,6 +102,14 @@ class MigrationServiceServicer:
 
     def WatchMigration(self, request, context):
         """Sends the migration whenever it changes, and a last time in its final state.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchTrace(self, request, context):
+        """Sends the trace of a migration that was started with `trace`, as it comes; ends when it is whole, or will come no
+        further. What was sent is forgotten: there is one reader.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -146,6 +159,11 @@ def add_MigrationServiceServicer_to_server(servicer, server):
                     servicer.WatchMigration,
                     request_deserializer=migrate_dot_v1_dot_migration__service__pb2.WatchMigrationRequest.FromString,
                     response_serializer=migrate_dot_v1_dot_migration__service__pb2.WatchMigrationResponse.SerializeToString,
+            ),
+            'WatchTrace': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchTrace,
+                    request_deserializer=migrate_dot_v1_dot_migration__service__pb2.WatchTraceRequest.FromString,
+                    response_serializer=migrate_dot_v1_dot_migration__service__pb2.WatchTraceResponse.SerializeToString,
             ),
             'StartSwitchover': grpc.unary_unary_rpc_method_handler(
                     servicer.StartSwitchover,
@@ -272,6 +290,33 @@ class MigrationService:
             '/migrate.v1.MigrationService/WatchMigration',
             migrate_dot_v1_dot_migration__service__pb2.WatchMigrationRequest.SerializeToString,
             migrate_dot_v1_dot_migration__service__pb2.WatchMigrationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchTrace(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/migrate.v1.MigrationService/WatchTrace',
+            migrate_dot_v1_dot_migration__service__pb2.WatchTraceRequest.SerializeToString,
+            migrate_dot_v1_dot_migration__service__pb2.WatchTraceResponse.FromString,
             options,
             channel_credentials,
             insecure,

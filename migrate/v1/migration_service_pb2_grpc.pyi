@@ -39,6 +39,10 @@ class MigrationServiceStub:
     ListMigrations: _grpc.UnaryUnaryMultiCallable[_migration_service_pb2.ListMigrationsRequest, _migration_service_pb2.ListMigrationsResponse]
     WatchMigration: _grpc.UnaryStreamMultiCallable[_migration_service_pb2.WatchMigrationRequest, _migration_service_pb2.WatchMigrationResponse]
     """Sends the migration whenever it changes, and a last time in its final state."""
+    WatchTrace: _grpc.UnaryStreamMultiCallable[_migration_service_pb2.WatchTraceRequest, _migration_service_pb2.WatchTraceResponse]
+    """Sends the trace of a migration that was started with `trace`, as it comes; ends when it is whole, or will come no
+    further. What was sent is forgotten: there is one reader.
+    """
     StartSwitchover: _grpc.UnaryUnaryMultiCallable[_migration_service_pb2.StartSwitchoverRequest, _migration_service_pb2.StartSwitchoverResponse]
     """Switches over as soon as possible, whatever the mode waits for; the rest follows by postcopy."""
     CancelMigration: _grpc.UnaryUnaryMultiCallable[_migration_service_pb2.CancelMigrationRequest, _migration_service_pb2.CancelMigrationResponse]
@@ -59,6 +63,10 @@ class MigrationServiceAsyncStub(MigrationServiceStub):
     ListMigrations: _aio.UnaryUnaryMultiCallable[_migration_service_pb2.ListMigrationsRequest, _migration_service_pb2.ListMigrationsResponse]  # type: ignore[assignment]
     WatchMigration: _aio.UnaryStreamMultiCallable[_migration_service_pb2.WatchMigrationRequest, _migration_service_pb2.WatchMigrationResponse]  # type: ignore[assignment]
     """Sends the migration whenever it changes, and a last time in its final state."""
+    WatchTrace: _aio.UnaryStreamMultiCallable[_migration_service_pb2.WatchTraceRequest, _migration_service_pb2.WatchTraceResponse]  # type: ignore[assignment]
+    """Sends the trace of a migration that was started with `trace`, as it comes; ends when it is whole, or will come no
+    further. What was sent is forgotten: there is one reader.
+    """
     StartSwitchover: _aio.UnaryUnaryMultiCallable[_migration_service_pb2.StartSwitchoverRequest, _migration_service_pb2.StartSwitchoverResponse]  # type: ignore[assignment]
     """Switches over as soon as possible, whatever the mode waits for; the rest follows by postcopy."""
     CancelMigration: _aio.UnaryUnaryMultiCallable[_migration_service_pb2.CancelMigrationRequest, _migration_service_pb2.CancelMigrationResponse]  # type: ignore[assignment]
@@ -100,6 +108,16 @@ class MigrationServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_migration_service_pb2.WatchMigrationResponse], _abc.AsyncIterator[_migration_service_pb2.WatchMigrationResponse]]:
         """Sends the migration whenever it changes, and a last time in its final state."""
+
+    @_abc_1.abstractmethod
+    def WatchTrace(
+        self,
+        request: _migration_service_pb2.WatchTraceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_migration_service_pb2.WatchTraceResponse], _abc.AsyncIterator[_migration_service_pb2.WatchTraceResponse]]:
+        """Sends the trace of a migration that was started with `trace`, as it comes; ends when it is whole, or will come no
+        further. What was sent is forgotten: there is one reader.
+        """
 
     @_abc_1.abstractmethod
     def StartSwitchover(

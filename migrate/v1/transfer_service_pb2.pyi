@@ -41,6 +41,7 @@ class PrepareRequest(_message.Message):
     PEER_TIMEOUT_US_FIELD_NUMBER: _builtins.int
     DEADLINE_US_FIELD_NUMBER: _builtins.int
     ON_DEADLINE_FIELD_NUMBER: _builtins.int
+    TRACE_FIELD_NUMBER: _builtins.int
     migration_id: _builtins.str
     protocol_version: _builtins.int
     """Version of this protocol that the source speaks; the destination accepts its own and the one before."""
@@ -67,6 +68,8 @@ class PrepareRequest(_message.Message):
     deadline_us: _builtins.int
     """How long pages may stay away after the switchover before on_deadline is done; 0 is for ever."""
     on_deadline: _types_pb2.DeadlineAction.ValueType
+    trace: _builtins.bool
+    """Keep every fault, and hand it over with RecordTrace."""
     @_builtins.property
     def guest(self) -> _types_pb2.GuestDescription: ...
     def __init__(
@@ -88,10 +91,11 @@ class PrepareRequest(_message.Message):
         peer_timeout_us: _builtins.int = ...,
         deadline_us: _builtins.int = ...,
         on_deadline: _types_pb2.DeadlineAction.ValueType = ...,
+        trace: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["guest", b"guest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "compression", b"compression", "control_endpoint", b"control_endpoint", "deadline_us", b"deadline_us", "guest", b"guest", "max_bandwidth_bytes_per_s", b"max_bandwidth_bytes_per_s", "migration_id", b"migration_id", "mode", b"mode", "on_deadline", b"on_deadline", "order", b"order", "page_endpoint", b"page_endpoint", "peer_timeout_us", b"peer_timeout_us", "protocol_version", b"protocol_version", "token", b"token", "transport", b"transport", "verify", b"verify"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "compression", b"compression", "control_endpoint", b"control_endpoint", "deadline_us", b"deadline_us", "guest", b"guest", "max_bandwidth_bytes_per_s", b"max_bandwidth_bytes_per_s", "migration_id", b"migration_id", "mode", b"mode", "on_deadline", b"on_deadline", "order", b"order", "page_endpoint", b"page_endpoint", "peer_timeout_us", b"peer_timeout_us", "protocol_version", b"protocol_version", "token", b"token", "trace", b"trace", "transport", b"transport", "verify", b"verify"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -241,19 +245,23 @@ class SwitchoverResponse(_message.Message):
 
     LOAD_STATE_US_FIELD_NUMBER: _builtins.int
     RESUME_US_FIELD_NUMBER: _builtins.int
+    LAST_PAGES_US_FIELD_NUMBER: _builtins.int
     load_state_us: _builtins.int
-    """Time the destination took to load the state."""
+    """Time the destination took to load the state, and to write down that the guest may run."""
     resume_us: _builtins.int
     """Time from vCPUs told to run to all of them running."""
+    last_pages_us: _builtins.int
+    """Time it waited for the last pages before that."""
     def __init__(
         self,
         *,
         load_state_us: _builtins.int = ...,
         resume_us: _builtins.int = ...,
+        last_pages_us: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["load_state_us", b"load_state_us", "resume_us", b"resume_us"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["last_pages_us", b"last_pages_us", "load_state_us", b"load_state_us", "resume_us", b"resume_us"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -348,6 +356,47 @@ class CompleteResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CompleteResponse: _TypeAlias = CompleteResponse  # noqa: Y015
+
+@_typing.final
+class RecordTraceRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MIGRATION_ID_FIELD_NUMBER: _builtins.int
+    TOKEN_FIELD_NUMBER: _builtins.int
+    PART_FIELD_NUMBER: _builtins.int
+    migration_id: _builtins.str
+    token: _builtins.str
+    @_builtins.property
+    def part(self) -> _types_pb2.TracePart: ...
+    def __init__(
+        self,
+        *,
+        migration_id: _builtins.str = ...,
+        token: _builtins.str = ...,
+        part: _types_pb2.TracePart | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["migration_id", b"migration_id", "part", b"part", "token", b"token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecordTraceRequest: _TypeAlias = RecordTraceRequest  # noqa: Y015
+
+@_typing.final
+class RecordTraceResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecordTraceResponse: _TypeAlias = RecordTraceResponse  # noqa: Y015
 
 @_typing.final
 class AbortRequest(_message.Message):

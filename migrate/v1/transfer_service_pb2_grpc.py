@@ -26,8 +26,8 @@ if _version_not_supported:
 
 
 class TransferServiceStub:
-    """The source calls all but Complete at the destination; the destination calls Complete at the source. Either calls
-    ResumeMigration at the other.
+    """The source calls all but Complete and RecordTrace at the destination; the destination calls these at the source. Either
+    calls ResumeMigration at the other.
     """
 
     def __init__(self, channel):
@@ -61,6 +61,11 @@ class TransferServiceStub:
                 request_serializer=migrate_dot_v1_dot_transfer__service__pb2.CompleteRequest.SerializeToString,
                 response_deserializer=migrate_dot_v1_dot_transfer__service__pb2.CompleteResponse.FromString,
                 _registered_method=True)
+        self.RecordTrace = channel.unary_unary(
+                '/migrate.v1.TransferService/RecordTrace',
+                request_serializer=migrate_dot_v1_dot_transfer__service__pb2.RecordTraceRequest.SerializeToString,
+                response_deserializer=migrate_dot_v1_dot_transfer__service__pb2.RecordTraceResponse.FromString,
+                _registered_method=True)
         self.Abort = channel.unary_unary(
                 '/migrate.v1.TransferService/Abort',
                 request_serializer=migrate_dot_v1_dot_transfer__service__pb2.AbortRequest.SerializeToString,
@@ -74,8 +79,8 @@ class TransferServiceStub:
 
 
 class TransferServiceServicer:
-    """The source calls all but Complete at the destination; the destination calls Complete at the source. Either calls
-    ResumeMigration at the other.
+    """The source calls all but Complete and RecordTrace at the destination; the destination calls these at the source. Either
+    calls ResumeMigration at the other.
     """
 
     def Prepare(self, request, context):
@@ -109,6 +114,13 @@ class TransferServiceServicer:
 
     def Complete(self, request, context):
         """END: every page is at the destination. Once answered, the source may free its copy.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RecordTrace(self, request, context):
+        """Hands over what was traced at the destination since the last time; the last one comes before Complete.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -156,6 +168,11 @@ def add_TransferServiceServicer_to_server(servicer, server):
                     request_deserializer=migrate_dot_v1_dot_transfer__service__pb2.CompleteRequest.FromString,
                     response_serializer=migrate_dot_v1_dot_transfer__service__pb2.CompleteResponse.SerializeToString,
             ),
+            'RecordTrace': grpc.unary_unary_rpc_method_handler(
+                    servicer.RecordTrace,
+                    request_deserializer=migrate_dot_v1_dot_transfer__service__pb2.RecordTraceRequest.FromString,
+                    response_serializer=migrate_dot_v1_dot_transfer__service__pb2.RecordTraceResponse.SerializeToString,
+            ),
             'Abort': grpc.unary_unary_rpc_method_handler(
                     servicer.Abort,
                     request_deserializer=migrate_dot_v1_dot_transfer__service__pb2.AbortRequest.FromString,
@@ -175,8 +192,8 @@ def add_TransferServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class TransferService:
-    """The source calls all but Complete at the destination; the destination calls Complete at the source. Either calls
-    ResumeMigration at the other.
+    """The source calls all but Complete and RecordTrace at the destination; the destination calls these at the source. Either
+    calls ResumeMigration at the other.
     """
 
     @staticmethod
@@ -304,6 +321,33 @@ class TransferService:
             '/migrate.v1.TransferService/Complete',
             migrate_dot_v1_dot_transfer__service__pb2.CompleteRequest.SerializeToString,
             migrate_dot_v1_dot_transfer__service__pb2.CompleteResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RecordTrace(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/migrate.v1.TransferService/RecordTrace',
+            migrate_dot_v1_dot_transfer__service__pb2.RecordTraceRequest.SerializeToString,
+            migrate_dot_v1_dot_transfer__service__pb2.RecordTraceResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -27,8 +27,8 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class TransferServiceStub:
-    """The source calls all but Complete at the destination; the destination calls Complete at the source. Either calls
-    ResumeMigration at the other.
+    """The source calls all but Complete and RecordTrace at the destination; the destination calls these at the source. Either
+    calls ResumeMigration at the other.
     """
 
     @_typing.overload
@@ -47,6 +47,8 @@ class TransferServiceStub:
     """What the destination knows of a migration."""
     Complete: _grpc.UnaryUnaryMultiCallable[_transfer_service_pb2.CompleteRequest, _transfer_service_pb2.CompleteResponse]
     """END: every page is at the destination. Once answered, the source may free its copy."""
+    RecordTrace: _grpc.UnaryUnaryMultiCallable[_transfer_service_pb2.RecordTraceRequest, _transfer_service_pb2.RecordTraceResponse]
+    """Hands over what was traced at the destination since the last time; the last one comes before Complete."""
     Abort: _grpc.UnaryUnaryMultiCallable[_transfer_service_pb2.AbortRequest, _transfer_service_pb2.AbortResponse]
     """Undoes Prepare and fences the migration: it never ran here and never will. Refused once vCPUs may have run."""
     ResumeMigration: _grpc.UnaryUnaryMultiCallable[_transfer_service_pb2.ResumeMigrationRequest, _transfer_service_pb2.ResumeMigrationResponse]
@@ -54,8 +56,8 @@ class TransferServiceStub:
 
 @_typing.type_check_only
 class TransferServiceAsyncStub(TransferServiceStub):
-    """The source calls all but Complete at the destination; the destination calls Complete at the source. Either calls
-    ResumeMigration at the other.
+    """The source calls all but Complete and RecordTrace at the destination; the destination calls these at the source. Either
+    calls ResumeMigration at the other.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -71,14 +73,16 @@ class TransferServiceAsyncStub(TransferServiceStub):
     """What the destination knows of a migration."""
     Complete: _aio.UnaryUnaryMultiCallable[_transfer_service_pb2.CompleteRequest, _transfer_service_pb2.CompleteResponse]  # type: ignore[assignment]
     """END: every page is at the destination. Once answered, the source may free its copy."""
+    RecordTrace: _aio.UnaryUnaryMultiCallable[_transfer_service_pb2.RecordTraceRequest, _transfer_service_pb2.RecordTraceResponse]  # type: ignore[assignment]
+    """Hands over what was traced at the destination since the last time; the last one comes before Complete."""
     Abort: _aio.UnaryUnaryMultiCallable[_transfer_service_pb2.AbortRequest, _transfer_service_pb2.AbortResponse]  # type: ignore[assignment]
     """Undoes Prepare and fences the migration: it never ran here and never will. Refused once vCPUs may have run."""
     ResumeMigration: _aio.UnaryUnaryMultiCallable[_transfer_service_pb2.ResumeMigrationRequest, _transfer_service_pb2.ResumeMigrationResponse]  # type: ignore[assignment]
     """After the switchover: a side whose daemon was started again, or whose link broke, says where it is now."""
 
 class TransferServiceServicer(metaclass=_abc_1.ABCMeta):
-    """The source calls all but Complete at the destination; the destination calls Complete at the source. Either calls
-    ResumeMigration at the other.
+    """The source calls all but Complete and RecordTrace at the destination; the destination calls these at the source. Either
+    calls ResumeMigration at the other.
     """
 
     @_abc_1.abstractmethod
@@ -122,6 +126,14 @@ class TransferServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_transfer_service_pb2.CompleteResponse, _abc.Awaitable[_transfer_service_pb2.CompleteResponse]]:
         """END: every page is at the destination. Once answered, the source may free its copy."""
+
+    @_abc_1.abstractmethod
+    def RecordTrace(
+        self,
+        request: _transfer_service_pb2.RecordTraceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_transfer_service_pb2.RecordTraceResponse, _abc.Awaitable[_transfer_service_pb2.RecordTraceResponse]]:
+        """Hands over what was traced at the destination since the last time; the last one comes before Complete."""
 
     @_abc_1.abstractmethod
     def Abort(

@@ -631,6 +631,30 @@ class Distribution(_message.Message):
 Global___Distribution: _TypeAlias = Distribution  # noqa: Y015
 
 @_typing.final
+class StallCount(_message.Message):
+    """So many touches took about so long: the middle of a bucket of the guest's histogram, off by at most 1/64."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STALL_US_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    stall_us: _builtins.float
+    count: _builtins.int
+    def __init__(
+        self,
+        *,
+        stall_us: _builtins.float = ...,
+        count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "stall_us", b"stall_us"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StallCount: _TypeAlias = StallCount  # noqa: Y015
+
+@_typing.final
 class GuestStatistics(_message.Message):
     """What the guest knows about itself. Read without touching guest RAM."""
 
@@ -642,6 +666,7 @@ class GuestStatistics(_message.Message):
     STALL_US_FIELD_NUMBER: _builtins.int
     AUDITS_FIELD_NUMBER: _builtins.int
     FIRST_ERROR_FIELD_NUMBER: _builtins.int
+    STALLS_FIELD_NUMBER: _builtins.int
     touches: _builtins.int
     """Touches of pages since the guest was created, on whichever host."""
     writes: _builtins.int
@@ -656,6 +681,10 @@ class GuestStatistics(_message.Message):
     def stall_us(self) -> Global___Distribution:
         """Touches of at least 15 us since the vCPUs first ran on this host, timed by the guest's own TSC."""
 
+    @_builtins.property
+    def stalls(self) -> _containers.RepeatedCompositeFieldContainer[Global___StallCount]:
+        """What stall_us sums up, ascending."""
+
     def __init__(
         self,
         *,
@@ -665,10 +694,11 @@ class GuestStatistics(_message.Message):
         stall_us: Global___Distribution | None = ...,
         audits: _builtins.int = ...,
         first_error: _builtins.str = ...,
+        stalls: _abc.Iterable[Global___StallCount] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["stall_us", b"stall_us"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["audits", b"audits", "errors", b"errors", "first_error", b"first_error", "stall_us", b"stall_us", "touches", b"touches", "writes", b"writes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["audits", b"audits", "errors", b"errors", "first_error", b"first_error", "stall_us", b"stall_us", "stalls", b"stalls", "touches", b"touches", "writes", b"writes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -783,6 +813,178 @@ class LiveFigures(_message.Message):
 Global___LiveFigures: _TypeAlias = LiveFigures  # noqa: Y015
 
 @_typing.final
+class DowntimeParts(_message.Message):
+    """Where the downtime went. The parts add up to it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAUSE_US_FIELD_NUMBER: _builtins.int
+    LAST_ROUND_US_FIELD_NUMBER: _builtins.int
+    SAVE_US_FIELD_NUMBER: _builtins.int
+    TRANSFER_US_FIELD_NUMBER: _builtins.int
+    LAST_PAGES_US_FIELD_NUMBER: _builtins.int
+    LOAD_US_FIELD_NUMBER: _builtins.int
+    RESUME_US_FIELD_NUMBER: _builtins.int
+    pause_us: _builtins.int
+    """Until no vCPU ran at the source."""
+    last_round_us: _builtins.int
+    """The last round of the dirty log, told to the destination; with verify, the digests of all memory."""
+    save_us: _builtins.int
+    """vCPU and device state read."""
+    transfer_us: _builtins.int
+    """On the way to the destination and back, and what is not named otherwise."""
+    last_pages_us: _builtins.int
+    """The destination waits for pages: mode precopy."""
+    load_us: _builtins.int
+    """State loaded, and that the guest may run written down."""
+    resume_us: _builtins.int
+    """vCPUs told to run."""
+    def __init__(
+        self,
+        *,
+        pause_us: _builtins.int = ...,
+        last_round_us: _builtins.int = ...,
+        save_us: _builtins.int = ...,
+        transfer_us: _builtins.int = ...,
+        last_pages_us: _builtins.int = ...,
+        load_us: _builtins.int = ...,
+        resume_us: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["last_pages_us", b"last_pages_us", "last_round_us", b"last_round_us", "load_us", b"load_us", "pause_us", b"pause_us", "resume_us", b"resume_us", "save_us", b"save_us", "transfer_us", b"transfer_us"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DowntimeParts: _TypeAlias = DowntimeParts  # noqa: Y015
+
+@_typing.final
+class TraceProgress(_message.Message):
+    """How far the pages were at one time."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AT_NS_FIELD_NUMBER: _builtins.int
+    PAGES_FIELD_NUMBER: _builtins.int
+    MISSING_PAGES_FIELD_NUMBER: _builtins.int
+    MISSING_MAP_FIELD_NUMBER: _builtins.int
+    BYTES_ON_WIRE_FIELD_NUMBER: _builtins.int
+    at_ns: _builtins.int
+    missing_pages: _builtins.int
+    missing_map: _builtins.bytes
+    """As in LiveFigures."""
+    bytes_on_wire: _builtins.int
+    """Of the page calls, both ways."""
+    @_builtins.property
+    def pages(self) -> Global___PageCounts: ...
+    def __init__(
+        self,
+        *,
+        at_ns: _builtins.int = ...,
+        pages: Global___PageCounts | None = ...,
+        missing_pages: _builtins.int = ...,
+        missing_map: _builtins.bytes = ...,
+        bytes_on_wire: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["pages", b"pages"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at_ns", b"at_ns", "bytes_on_wire", b"bytes_on_wire", "missing_map", b"missing_map", "missing_pages", b"missing_pages", "pages", b"pages"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TraceProgress: _TypeAlias = TraceProgress  # noqa: Y015
+
+@_typing.final
+class TraceState(_message.Message):
+    """When the destination came to a state."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AT_NS_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    at_ns: _builtins.int
+    state: Global___MigrationState.ValueType
+    def __init__(
+        self,
+        *,
+        at_ns: _builtins.int = ...,
+        state: Global___MigrationState.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at_ns", b"at_ns", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TraceState: _TypeAlias = TraceState  # noqa: Y015
+
+@_typing.final
+class TracePart(_message.Message):
+    """A piece of a trace: what the destination has seen since the piece before. All times are its CLOCK_MONOTONIC."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FAULTS_FIELD_NUMBER: _builtins.int
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    STATES_FIELD_NUMBER: _builtins.int
+    VCPU_THREAD_IDS_FIELD_NUMBER: _builtins.int
+    MISSING_AT_SWITCHOVER_FIELD_NUMBER: _builtins.int
+    ZERO_AT_END_FIELD_NUMBER: _builtins.int
+    STALLS_FIELD_NUMBER: _builtins.int
+    LOST_FAULTS_FIELD_NUMBER: _builtins.int
+    ORIGIN_NS_FIELD_NUMBER: _builtins.int
+    IS_LAST_FIELD_NUMBER: _builtins.int
+    faults: _builtins.bytes
+    """Faults that were served, 64 bytes each, eight little-endian words: page, then nanoseconds: kernel event read, taken
+    from the queue, request written to the socket (both 0 if the page had been asked for already, or nobody had to), read
+    at the source (a duration), reply complete (0 if none was needed), placed. The last word has the faulting thread in
+    its lower half, and what brought the page in its upper: 0 zero, 1 urgent, 2 background, 3 it had come meanwhile.
+    """
+    missing_at_switchover: _builtins.bytes
+    """A bit for each page, lowest bit first: those that were missing when the vCPUs came. Once, compressed (zlib)."""
+    zero_at_end: _builtins.bytes
+    """The same of those that the source has told to be zero by the end."""
+    lost_faults: _builtins.int
+    """Faults that were not kept."""
+    origin_ns: _builtins.int
+    """When Prepare came."""
+    is_last: _builtins.bool
+    """No other piece will come."""
+    @_builtins.property
+    def progress(self) -> _containers.RepeatedCompositeFieldContainer[Global___TraceProgress]: ...
+    @_builtins.property
+    def states(self) -> _containers.RepeatedCompositeFieldContainer[Global___TraceState]: ...
+    @_builtins.property
+    def vcpu_thread_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Threads of the vCPUs, once they are known."""
+
+    @_builtins.property
+    def stalls(self) -> _containers.RepeatedCompositeFieldContainer[Global___StallCount]:
+        """What the guest counted, at the end."""
+
+    def __init__(
+        self,
+        *,
+        faults: _builtins.bytes = ...,
+        progress: _abc.Iterable[Global___TraceProgress] | None = ...,
+        states: _abc.Iterable[Global___TraceState] | None = ...,
+        vcpu_thread_ids: _abc.Iterable[_builtins.int] | None = ...,
+        missing_at_switchover: _builtins.bytes = ...,
+        zero_at_end: _builtins.bytes = ...,
+        stalls: _abc.Iterable[Global___StallCount] | None = ...,
+        lost_faults: _builtins.int = ...,
+        origin_ns: _builtins.int = ...,
+        is_last: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["faults", b"faults", "is_last", b"is_last", "lost_faults", b"lost_faults", "missing_at_switchover", b"missing_at_switchover", "origin_ns", b"origin_ns", "progress", b"progress", "stalls", b"stalls", "states", b"states", "vcpu_thread_ids", b"vcpu_thread_ids", "zero_at_end", b"zero_at_end"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TracePart: _TypeAlias = TracePart  # noqa: Y015
+
+@_typing.final
 class Migration(_message.Message):
     """A migration as one daemon sees it. On the source, figures of the destination arrive with GetIncoming and Complete."""
 
@@ -820,6 +1022,7 @@ class Migration(_message.Message):
     ATTEMPT_FIELD_NUMBER: _builtins.int
     RECOVERIES_FIELD_NUMBER: _builtins.int
     LIVE_FIELD_NUMBER: _builtins.int
+    DOWNTIME_FIELD_NUMBER: _builtins.int
     migration_id: _builtins.str
     side: Global___MigrationSide.ValueType
     guest: _builtins.str
@@ -869,6 +1072,8 @@ class Migration(_message.Message):
     def live(self) -> Global___LiveFigures:
         """Only in answers to those who asked for it, and only once the destination has pages."""
 
+    @_builtins.property
+    def downtime(self) -> Global___DowntimeParts: ...
     def __init__(
         self,
         *,
@@ -904,10 +1109,11 @@ class Migration(_message.Message):
         attempt: _builtins.int = ...,
         recoveries: _builtins.int = ...,
         live: Global___LiveFigures | None = ...,
+        downtime: Global___DowntimeParts | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "fault_latency_us", b"fault_latency_us", "guest_stall_us", b"guest_stall_us", "live", b"live", "pages", b"pages"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["downtime", b"downtime", "error", b"error", "fault_latency_us", b"fault_latency_us", "guest_stall_us", b"guest_stall_us", "live", b"live", "pages", b"pages"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "bytes_on_wire", b"bytes_on_wire", "compression", b"compression", "deferred_pages", b"deferred_pages", "downtime_us", b"downtime_us", "error", b"error", "fault_latency_us", b"fault_latency_us", "generation", b"generation", "guest", b"guest", "guest_errors", b"guest_errors", "guest_kind", b"guest_kind", "guest_stall_us", b"guest_stall_us", "guest_touches", b"guest_touches", "guest_touches_at_switchover", b"guest_touches_at_switchover", "holder", b"holder", "live", b"live", "memory_bytes", b"memory_bytes", "migration_id", b"migration_id", "mode", b"mode", "order", b"order", "page_size_bytes", b"page_size_bytes", "pages", b"pages", "peer", b"peer", "postcopy_us", b"postcopy_us", "precopy_us", b"precopy_us", "recoveries", b"recoveries", "side", b"side", "state", b"state", "total_us", b"total_us", "transport", b"transport", "vcpus", b"vcpus", "verified_pages", b"verified_pages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "bytes_on_wire", b"bytes_on_wire", "compression", b"compression", "deferred_pages", b"deferred_pages", "downtime", b"downtime", "downtime_us", b"downtime_us", "error", b"error", "fault_latency_us", b"fault_latency_us", "generation", b"generation", "guest", b"guest", "guest_errors", b"guest_errors", "guest_kind", b"guest_kind", "guest_stall_us", b"guest_stall_us", "guest_touches", b"guest_touches", "guest_touches_at_switchover", b"guest_touches_at_switchover", "holder", b"holder", "live", b"live", "memory_bytes", b"memory_bytes", "migration_id", b"migration_id", "mode", b"mode", "order", b"order", "page_size_bytes", b"page_size_bytes", "pages", b"pages", "peer", b"peer", "postcopy_us", b"postcopy_us", "precopy_us", b"precopy_us", "recoveries", b"recoveries", "side", b"side", "state", b"state", "total_us", b"total_us", "transport", b"transport", "vcpus", b"vcpus", "verified_pages", b"verified_pages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

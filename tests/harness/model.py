@@ -47,6 +47,7 @@ class Plan:
     twin_failing: dict = field(default_factory=dict)
     slow: frozenset = frozenset()
     fails_to_connect: bool = False
+    is_traced: bool = False
 
 
 def content(number, page):
@@ -92,6 +93,7 @@ class Model:
             mode=types.MigrationMode.ValueType(plan.mode),
             order=plan.order,
             verify=plan.verify,
+            trace=plan.is_traced,
             downtime_limit_us=plan.downtime_limit_us,
             on_no_convergence=types.NoConvergence.ValueType(plan.on_no_convergence),
         )

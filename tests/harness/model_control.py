@@ -155,6 +155,10 @@ class ModelPeer:
         request = _copy(request)
         self._control.call("complete", lambda: self._registry_of().complete(request))
 
+    def record_trace(self, request):
+        request = _copy(request)
+        self._control.call("record_trace", lambda: self._registry_of().record_trace(request))
+
     def abort(self, migration_id, reason, attempt):
         self._control.call("abort", lambda: self._registry_of().abort(migration_id, reason, attempt))
 

@@ -144,7 +144,7 @@ class ModelGuest:
             self._log_memfd = None
             self.has_ended_log = True
 
-    def statistics(self):
+    def statistics(self, *, with_stalls=False):
         self._enter("statistics")
         return types.GuestStatistics(touches=self.touches)
 

@@ -101,6 +101,7 @@ plans = st.builds(
         st.just(frozenset()), st.just(frozenset({"sync_dirty_log"})), st.frozensets(st.sampled_from(SLOW_METHODS))
     ),
     fails_to_connect=st.sampled_from([False] * 19 + [True]),
+    is_traced=st.booleans(),
 )
 
 

@@ -115,9 +115,9 @@ class SpiedExports(Exports):
         super().__init__()
         self.published = []
 
-    def publish(self, migration_id, token, source, compression=Compression.NONE, peer_name=""):
+    def publish(self, migration_id, token, source, compression=Compression.NONE, peer_name="", **more):
         self.published.append(compression)
-        super().publish(migration_id, token, source, compression, peer_name)
+        super().publish(migration_id, token, source, compression, peer_name, **more)
 
 
 ZSTD = types.PAGE_COMPRESSION_ZSTD

@@ -83,6 +83,9 @@ class QemuGuest(Guest):
         try:
             self._machine_type = description.machine_type or machine_type_of(self._qmp)
             self._cpuid = cpuid_of(self._qmp)
+            # Once: later on, QEMU may wait for pages that come only after we have answered.
+            cpus = sorted(self._qmp.call("query-cpus-fast"), key=lambda cpu: cpu["cpu-index"])
+            self._vcpu_thread_ids: list[int] = [cpu["thread-id"] for cpu in cpus]
             self._process = Watched(self._pid, lambda: None if self._is_loading else on_end(), "QEMU")
             self._qmp.on_event = self._on_event
             if self._is_ours:
@@ -148,6 +151,10 @@ class QemuGuest(Guest):
         description.machine_type = self._machine_type
         description.spec.qemu.qmp_socket = ""
         return description
+
+    def vcpu_thread_ids(self) -> list[int]:
+        """The thread of each vCPU, as its faults name it: one for all, where TCG runs them by turns."""
+        return self._vcpu_thread_ids
 
     def _on_event(self, name: str) -> None:
         if name in {"STOP", "RESUME"}:
