@@ -29,6 +29,7 @@ from migrate.cli.params import (
 )
 from migrate.cli.progress import Reporter, progress_reporter
 from migrate.cli.render import EXIT_FAILED, migration_detail, migration_json, print_json, stdout_console
+from migrate.cli.tracing import TraceToFile, trace_option
 from migrate.client import Client, pages_present
 from migrate.errors import CallFailedError, MigrateError
 from migrate.guest.probe import KVM, PROCESS, QEMU, Check, HostCapabilities, probe_host
@@ -52,8 +53,9 @@ class _DemoOptions(GuestOptions, MigrationOptions):
 @click.argument("name", type=GUEST_NAME, default="demo")
 @guest_options(kind=AUTO, memory="256MiB", vcpus=2)
 @migration_options()
+@trace_option
 @json_option
-def demo(name: str, as_json: bool, **options: Unpack[_DemoOptions]) -> None:
+def demo(name: str, trace: Path | None, as_json: bool, **options: Unpack[_DemoOptions]) -> None:
     """Migrate a guest between two daemons on this machine, and report.
 
     Starts both daemons, creates a guest under load, moves it, has it check every page at the destination, and removes
@@ -66,7 +68,7 @@ def demo(name: str, as_json: bool, **options: Unpack[_DemoOptions]) -> None:
     click.echo(_headline(options, why), err=True)
     try:
         with _terminate_as_exit():
-            migration = _run(name, options)
+            migration = _run(name, options, trace)
     except KeyboardInterrupt:
         click.echo("migrate: interrupted; everything was removed", err=True)
         sys.exit(EXIT_INTERRUPTED)
@@ -102,8 +104,9 @@ def _headline(options: GuestOptions, why: str) -> str:
     )
 
 
-def _run(name: str, options: _DemoOptions) -> types_pb2.Migration:
+def _run(name: str, options: _DemoOptions, trace: Path | None) -> types_pb2.Migration:
     """Do all of it; whatever happens, leave no process and no file."""
+    traced = TraceToFile(trace)
     with ExitStack() as stack:
         base_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="migrate-demo-")))
         processes = GuestProcesses()
@@ -117,8 +120,8 @@ def _run(name: str, options: _DemoOptions) -> types_pb2.Migration:
         source = stack.enter_context(connect(DaemonAt(daemons[0].address)))
         destination = stack.enter_context(connect(DaemonAt(daemons[1].address)))
         try:
-            with progress_reporter(source.address) as reporter:
-                return _migrate(source, destination, name, options, reporter, processes, linux)
+            with progress_reporter(source.address) as reporter, traced:
+                return _migrate(source, destination, name, options, reporter, processes, linux, traced)
         except MigrateError:
             for daemon in daemons:
                 _echo_log(daemon)
@@ -134,6 +137,7 @@ def _migrate(
     reporter: Reporter,
     processes: GuestProcesses,
     linux: LinuxGuest | None,
+    traced: TraceToFile,
 ) -> types_pb2.Migration:
     qemu_options = linux.qemu_options(options["memory"]) if linux is not None else []
     processes.add(source.guests.create(name, **guest_terms(options, qemu_options)).pid)
@@ -141,9 +145,12 @@ def _migrate(
         linux.await_ready(reporter)
     else:
         _await_running(source, name, reporter)
-    migration_id = source.migrations.start(name, destination.address, **migration_terms(options))
+    terms = migration_terms(options)
+    terms["trace"] = traced.is_wanted
+    migration_id = source.migrations.start(name, destination.address, **terms)
+    traced.begin(source, migration_id)
     # No other daemon takes the place of one of ours that dies.
-    migration = follow(source, migration_id, reporter, away_s=0)
+    migration = follow(source, migration_id, reporter, away_s=0, note=traced.note)
     if migration.state != types_pb2.MIGRATION_STATE_COMPLETED:
         return migration
     if linux is not None:

@@ -1,8 +1,9 @@
 """`migrate start`, `status`, `switchover`, `cancel` and `recover`."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
+from pathlib import Path
 from typing import Unpack
 
 import click
@@ -29,6 +30,7 @@ from migrate.cli.render import (
     print_json,
     stdout_console,
 )
+from migrate.cli.tracing import TraceToFile, trace_option
 from migrate.client import Client
 from migrate.client.calls import AWAY_S
 from migrate.client.connection import error_from_info
@@ -47,26 +49,38 @@ _migration_argument = click.argument("migration", required=False, shell_complete
 @click.argument("name", type=GUEST_NAME, shell_complete=complete_guest)
 @click.option("--to", type=ENDPOINT, required=True, help="Control address of the destination daemon.")
 @migration_options()
+@trace_option
 @click.option("--detach", is_flag=True, help="Print the migration's id and return at once.")
 @daemon_option
 @json_option
 def start(
-    name: str, to: str, detach: bool, daemon: DaemonAt, as_json: bool, **options: Unpack[MigrationOptions]
+    name: str,
+    to: str,
+    trace: Path | None,
+    detach: bool,
+    daemon: DaemonAt,
+    as_json: bool,
+    **options: Unpack[MigrationOptions],
 ) -> None:
     """Move guest NAME to another daemon's host, and follow it until it is there.
 
     Interrupting this command does not interrupt the migration.
     """
-    with connect(daemon) as client:
-        migration_id = client.migrations.start(name, to, **migration_terms(options))
+    if trace is not None and detach:
+        raise click.UsageError("a trace is written by who follows the migration: --trace goes without --detach")
+    with connect(daemon) as client, TraceToFile(trace) as traced:
+        terms = migration_terms(options)
+        terms["trace"] = traced.is_wanted
+        migration_id = client.migrations.start(name, to, **terms)
         if detach:
             if as_json:
                 print_json({"migration_id": migration_id})
             else:
                 click.echo(migration_id)
             return
+        traced.begin(client, migration_id)
         with _detaching(daemon, migration_id), progress_reporter(daemon.address, _HINT) as reporter:
-            final = follow(client, migration_id, reporter, away_s=DAEMON_AWAY_S)
+            final = follow(client, migration_id, reporter, away_s=DAEMON_AWAY_S, note=traced.note)
     if as_json:
         print_json(migration_json(final))
     else:
@@ -145,9 +159,23 @@ def recover(migration: str | None, to: str | None, daemon: DaemonAt, as_json: bo
 
 
 def follow(
-    client: Client, migration_id: str, reporter: Reporter, *, away_s: float, through_pauses: bool = False
+    client: Client,
+    migration_id: str,
+    reporter: Reporter,
+    *,
+    away_s: float,
+    through_pauses: bool = False,
+    note: Callable[[types_pb2.Migration], None] = lambda _migration: None,
 ) -> types_pb2.Migration:
     """Watch a migration until it has ended or stands still; a daemon that goes away may be back within some seconds.
+
+    Args:
+        client: Of a daemon that knows it.
+        migration_id: Which.
+        reporter: Shows it.
+        away_s: How long that daemon may not answer.
+        through_pauses: Whether it is followed on when it stands still.
+        note: Told everything that is shown.
 
     Raises:
         MigrateError: the daemon cannot be asked any more; the migration may go on.
@@ -157,6 +185,7 @@ def follow(
     )
     with closing(followed) as migrations:
         for migration in migrations:
+            note(migration)
             reporter.show(migration)
     return migration
 

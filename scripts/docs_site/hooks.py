@@ -30,7 +30,7 @@ GENERATED: dict[str, Callable[[], str]] = {
 }
 PROTO_DIR = "proto/migrate/v1"
 # In the navigation before they are in the tree.
-EXPECTED = {"policies.md", "traces.md"}
+EXPECTED = {"policies.md"}
 
 CODE = re.compile(r"(^```.*?^```|`[^`\n]+`)", re.DOTALL | re.MULTILINE)
 DIAGRAM = re.compile(r"^```mermaid\n(.*?)^```$", re.DOTALL | re.MULTILINE)
