@@ -120,7 +120,8 @@ class Trace:
         migration: What `migrate start --json` printed.
         downtime_us: Where the downtime went, part by part, in their order; empty if it is not known.
         lost_faults: How many were not kept.
-        faults: All that were.
+        is_whole: Whether the last piece of it came.
+        faults: All that were kept.
         progress: Ascending.
         states: When the destination came to each, as (at_ns, state).
         stalls: The guest's own histogram since the switchover, ascending, as (stall_us, count).
@@ -131,6 +132,7 @@ class Trace:
     migration: Mapping[str, Any]
     downtime_us: Mapping[str, int]
     lost_faults: int
+    is_whole: bool
     faults: Faults
     progress: Sequence[Progress]
     states: Sequence[tuple[int, str]]
@@ -296,6 +298,7 @@ def read_trace(path: Path) -> Trace:
             migration=json.loads(notes["migration"]),
             downtime_us=json.loads(notes["downtime_us"]),
             lost_faults=json.loads(notes["lost_faults"]),
+            is_whole=json.loads(notes["is_whole"]),
             faults=_read_faults(table.filter(events == "fault")),
             progress=[_read_progress(row) for row in table.filter(events == "progress").to_pylist()],
             states=[(row["at_ns"], row["state"]) for row in table.filter(events == "state").to_pylist()],
