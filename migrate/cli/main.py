@@ -16,6 +16,7 @@ from migrate.cli.listing import list_migrations
 from migrate.cli.migration import EXIT_INTERRUPTED, cancel, recover, start, status, switchover
 from migrate.cli.render import EXIT_FAILED, EXIT_PAUSED
 from migrate.cli.tls import tls
+from migrate.cli.trace import trace
 from migrate.errors import MigrateError, PostcopyPausedError
 
 
@@ -52,6 +53,7 @@ main.add_command(status)
 main.add_command(recover)
 main.add_command(switchover)
 main.add_command(tls)
+main.add_command(trace)
 
 
 def run() -> None:
