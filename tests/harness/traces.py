@@ -78,7 +78,7 @@ def make_progress(part, count, states_ms=STATES_MS):
 def write_trace(path, *, faults=20_000, seed=1, states_ms=STATES_MS, stalls=True, parts=True, progress=True, **changes):
     """Write a trace of so many faults; `changes` go into its JSON, or are lost_faults and is_last of its last piece."""
     live_ms = next((at_ms for name, at_ms in states_ms if name == "POSTCOPY"), 0)
-    rows = make_faults(faults, seed, live_ms, states_ms[-1][1] - 50)
+    rows = make_faults(faults, seed, live_ms, max(live_ms + 1, states_ms[-1][1] - 50) if states_ms else 1)
     part = types.TracePart(vcpu_thread_ids=THREADS, is_last=changes.pop("is_last", True))
     part.lost_faults = changes.pop("lost_faults", 0)
     part.faults = rows.astype("<u8").tobytes()
