@@ -123,6 +123,15 @@ def test_two_traces_have_all_figures_and_their_ratios(trace, other):
     assert rows["mode"] == ["mode", "hybrid", "postcopy"]
 
 
+def test_percentiles_of_nothing_are_no_times(directory, trace):
+    silent = write_trace(directory / "silent.trace", faults=10, stalls=False)
+    page = page_of(trace, silent)
+
+    rows = [text.split() for text in page.text("tr") if text.split()[0] == "p50"]
+    assert rows[1][-1] == "none"
+    assert page.figures(1)["guest_stall_us.p50"] == "0.0"
+
+
 def test_a_figure_of_a_newer_version_is_shown_under_its_name(directory):
     trace = write_trace(directory / "newer.trace", faults=10, warmth={"of_cpu": 41})
 

@@ -175,7 +175,7 @@ def fault_chart(
     for row, (kind, cells) in enumerate(maps.items()):
         y = top + row * pitch_px
         place = (left, y, COLUMNS * _CELL_PX, height_px)
-        drawing.text(f"{kind}: {count_words(counts[kind])} faults", left, y - 8, "row-name")
+        drawing.text(f"{kind}: {count_words(counts[kind])} fault{'s' * (counts[kind] != 1)}", left, y - 8, "row-name")
         if not row:
             drawing.text(f"upwards: RAM address in {unit}", WIDTH - _RIGHT, y - 8, anchor="end")
         drawing.box(*place, "ground")

@@ -7,6 +7,7 @@ from typing import Any
 
 _WORDS_MAX = 500
 _NUMBER_MAX = 1e18
+_NONE = "none"
 
 _QUANTILES = (
     ("count", "count"),
@@ -86,12 +87,14 @@ class Cell:
         name: As in the JSON, with dots between levels.
         raw: The very value of the JSON, as text.
         words: The same for people.
+        is_text: It is no number.
         ratio: To that of the first trace; empty if there is none.
     """
 
     name: str
     raw: str
     words: str
+    is_text: bool
     ratio: str = ""
 
 
@@ -135,8 +138,18 @@ def _cell(name: str, migration: Mapping[str, Any], first: Mapping[str, Any]) -> 
     if name not in migration:
         return None
     value = migration[name]
-    ratio = "" if migration is first else ratio_words(number_of(value), number_of(first.get(name)))
-    return Cell(clean(name), clean(value), words_of(name, value), ratio)
+    words = figure_words(migration, name)
+    is_measured = migration is not first and words != _NONE
+    ratio = ratio_words(number_of(value), number_of(first.get(name))) if is_measured else ""
+    return Cell(clean(name), clean(value), words, number_of(value) is None, ratio)
+
+
+def figure_words(migration: Mapping[str, Any], name: str) -> str:
+    """A figure of a flat migration for people; there is no percentile of nothing."""
+    group, _, last = name.rpartition(".")
+    if last != "count" and migration.get(f"{group}.count") == 0:
+        return _NONE
+    return words_of(name, migration[name]) if name in migration else "not known"
 
 
 def words_of(name: str, value: Any) -> str:

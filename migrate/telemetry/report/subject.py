@@ -104,7 +104,7 @@ class Subject:
 
     def words(self, name: str) -> str:
         """A figure of its JSON for people."""
-        return figures.words_of(name, self.migration[name]) if name in self.migration else "not known"
+        return figures.figure_words(self.migration, name)
 
     def number(self, name: str) -> float:
         """A figure of its JSON, 0 if there is none."""
