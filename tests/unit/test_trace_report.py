@@ -15,7 +15,7 @@ from migrate.telemetry.histogram import distribution_of
 from migrate.telemetry.report import report_html
 from migrate.telemetry.report.drawing import linear_ticks, log_range, log_ticks
 from migrate.telemetry.report.figures import bytes_words, duration_words, flatten, share_words
-from migrate.telemetry.report.timeline import ROWS, clock_of, fault_maps, phases_of
+from migrate.telemetry.report.timeline import COLUMNS, ROWS, clock_of, fault_maps, missing_map, phases_of, rates_of
 from migrate.telemetry.report.timing import (
     STAGES,
     guest_curve,
@@ -30,7 +30,7 @@ from migrate.telemetry.trace_file import KINDS, read_trace
 from tests.harness.cli import run
 from tests.harness.traces import PARTS_US, STATES_MS, write_trace
 
-MIB = 1 << 20
+MIB, GIB = 1 << 20, 1 << 30
 HOSTILE = "</title><script>alert(1)</script>\"'><img src=x onerror=alert(1)>\ud800\u202e"
 
 
@@ -235,6 +235,52 @@ def test_map_has_every_fault_once_and_where_it_was(trace):
     assert maps["urgent"][0].sum() == low
 
 
+def test_missing_pages_are_known_from_the_switchover_on(directory):
+    """The first report of progress comes some time after it."""
+    trace = write_trace(directory / "late.trace", faults=10, progress=False)
+    clock = clock_of(trace)
+
+    missing = missing_map(trace, clock, (-1, 1), GIB)
+
+    assert not missing[:, : COLUMNS // 2].any()
+    assert missing[:, COLUMNS // 2 :] == pytest.approx(0.25 + 0.75 / 4, abs=0.01)
+    assert missing_map(replace(trace, missing_at_switchover=None), clock, (-1, 1), GIB) is None
+
+
+def test_missing_pages_are_those_last_reported(trace):
+    clock = clock_of(trace)
+    range_s = (clock.begin_s, clock.end_s)
+
+    missing = missing_map(trace, clock, range_s, GIB)
+
+    last = clock.begin_s + (COLUMNS // 2 + 0.5) * (clock.end_s - clock.begin_s) / COLUMNS
+    sample = [each for each in trace.progress if clock.seconds(each.at_ns) <= last][-1]
+    for row in (0, ROWS // 2, ROWS - 1):
+        share = sample.missing_map[int((row + 0.5) / ROWS * 256)] / 255
+        assert missing[row, COLUMNS // 2] == pytest.approx(0.25 + 0.75 * share if share else 0)
+
+
+def test_missing_pages_of_a_small_guest_stay_in_its_ram(trace):
+    clock = clock_of(trace)
+    range_s = (clock.begin_s, clock.end_s)
+
+    own, wider = (missing_map(trace, clock, range_s, size) for size in (GIB, 4 * GIB))
+
+    assert not wider[ROWS // 4 :].any()
+    assert wider[: ROWS // 4, 10].mean() == pytest.approx(own[:, 10].mean(), abs=0.02)
+
+
+def test_rates_add_up_to_what_was_reported(trace):
+    rates = {rate.name: rate for rate in rates_of(trace, clock_of(trace))}
+
+    first, last = trace.progress[0], trace.progress[-1]
+    for name in ("precopy", "urgent", "background"):
+        moved = (rates[f"{name} pages"].per_s * np.diff(rates[f"{name} pages"].edges_s)).sum()
+        assert moved == pytest.approx(last.pages[name] - first.pages[name])
+    faults = rates["faults"]
+    assert (faults.per_s * np.diff(faults.edges_s)).sum() == pytest.approx(len(trace.faults))
+
+
 def test_phases_are_counted_from_the_switchover(trace):
     phases = phases_of(trace, clock_of(trace))
 
@@ -259,7 +305,10 @@ UNFINISHED = STATES_MS[:2]
         ({"guest_kind": "qemu", "stalls": False}, "a guest of kind qemu does not time its touches"),
         ({"progress": False}, "No progress is recorded"),
         ({"mode": "postcopy", "states_ms": STATES_MS[1:]}, "There was no precopy: mode postcopy has none."),
-        ({"fault_latency_us": {"count": 500, "p50": 1.0, "p99": 2.0}}, "The fault latency of the JSON is not that"),
+        (
+            {"fault_latency_us": {"count": 500, "p50": 1.0, "p99": 2.0}},
+            "The fault latency of the JSON (500) is not quite",
+        ),
         ({"states_ms": UNFINISHED, "is_last": False}, "The trace is not whole"),
     ],
 )

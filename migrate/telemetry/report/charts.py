@@ -213,9 +213,8 @@ def rate_chart(rates: Sequence[Steps], tops: Mapping[str, float], frame: "Frame"
         write = bytes_words if is_bytes else _compact
         ceiling = linear_ticks(0, tops[rate.name], 2, base=2 if is_bytes else 10)[-1]
         upwards = Scale(0, max(ceiling, tops[rate.name]), y + height_px, y)
-        total = bytes_words(rate.total) if is_bytes else count_words(round(rate.total))
         drawing.text(rate.name, left, y - 9, "row-name")
-        drawing.text(f"{total} in all, at most {write(rate.peak_per_s)}/s", WIDTH - _RIGHT, y - 9, anchor="end")
+        drawing.text(f"at most {write(rate.peak_per_s)}/s", WIDTH - _RIGHT, y - 9, anchor="end")
         for value in (ceiling, 0):
             at = upwards.px(value)
             drawing.add("line", x1=left, x2=WIDTH - _RIGHT, y1=at, y2=at, class_="base" if not value else "grid")

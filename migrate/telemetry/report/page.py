@@ -148,7 +148,7 @@ def _maps(subjects: Sequence[Subject]) -> list[tuple[Subject, Markup]]:
         counts = dict.fromkeys(kinds, 0) | {part.name: part.count for part in subject.kinds}
         label = "Faults over time and address: " + ", ".join(f"{counts[kind]:,} {kind}" for kind in kinds)
         frame = Frame(f"map-{subject.place}", label, range_s, subject.clock.zero_words, subject.phases)
-        missing = timeline.missing_map(subject.trace.progress, subject.clock, range_s)
+        missing = timeline.missing_map(subject.trace, subject.clock, range_s, memory_bytes)
         rows = {kind: cells.get(kind, nothing) for kind in kinds}
         drawn.append((subject, charts.fault_chart(rows, counts, missing, frame, count_max, memory_bytes)))
     return drawn

@@ -172,5 +172,8 @@ def _differences(subject: Subject) -> list[str]:
             )
             for name, share in quantiles
         ):
-            differing.append(f"The {words} of the JSON is not that of the trace: they are of different moments.")
+            differing.append(
+                f"The {words} of the JSON ({subject.words(f'{group}.count')}) is not quite that of the trace"
+                f" ({curve.count:,}): the figures are the former, the curves the latter."
+            )
     return differing

@@ -14,6 +14,7 @@ COLUMNS = 344
 ROWS = 56
 """Cells of a map of faults: two pixels each of the drawing."""
 
+_PARTS = 256
 _BINS = 150
 _NS_PER_S = 1e9
 _AFTER = 4
@@ -124,22 +125,32 @@ def fault_maps(trace: Trace, clock: Clock, range_s: tuple[float, float], memory_
     return maps
 
 
-def missing_map(progress: Sequence[Progress], clock: Clock, range_s: tuple[float, float]) -> np.ndarray | None:
-    """How missing the same cells were as last reported, 0 not at all and 1 wholly; None if nothing was reported.
+def missing_map(trace: Trace, clock: Clock, range_s: tuple[float, float], memory_bytes: int) -> np.ndarray | None:
+    """How missing the same cells were as last told, 0 not at all and 1 wholly; None if nothing was told.
 
     A cell of which little is missing is a quarter, so that it can be seen.
     """
-    samples = [sample for sample in progress if sample.missing_map]
-    if not samples:
+    told = [
+        (float(clock.seconds(sample.at_ns)), np.frombuffer(sample.missing_map, dtype=np.uint8) / 255.0)
+        for sample in trace.progress
+        if sample.missing_map
+    ]
+    if trace.missing_at_switchover is not None and len(trace.missing_at_switchover):
+        parts = np.array_split(trace.missing_at_switchover, min(_PARTS, len(trace.missing_at_switchover)))
+        told.append((0.0, np.array([part.mean() for part in parts])))
+        told.sort(key=lambda each: each[0])
+    if not told:
         return None
     begin_s, end_s = range_s
     times_s = begin_s + (np.arange(COLUMNS) + 0.5) * (end_s - begin_s) / COLUMNS
-    reported_s = clock.seconds(np.array([sample.at_ns for sample in samples], dtype=np.float64))
+    # The map may be of more RAM than this guest has.
+    places = (np.arange(ROWS) + 0.5) / ROWS * memory_bytes / memory_bytes_of(trace)
+    within = places < 1
     shares = np.zeros((ROWS, COLUMNS))
-    for column, last in enumerate(np.searchsorted(reported_s, times_s, side="right") - 1):
+    for column, last in enumerate(np.searchsorted([at_s for at_s, _ in told], times_s, side="right") - 1):
         if last >= 0 and times_s[column] <= clock.end_s:
-            parts = np.frombuffer(samples[last].missing_map, dtype=np.uint8)
-            shares[:, column] = parts[np.arange(ROWS) * len(parts) // ROWS] / 255.0
+            parts_of_ram = told[last][1]
+            shares[within, column] = parts_of_ram[(places[within] * len(parts_of_ram)).astype(int)]
     return np.where(shares > 0, 0.25 + 0.75 * shares, 0)
 
 
