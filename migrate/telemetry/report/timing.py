@@ -16,6 +16,7 @@ STALL_US_MIN = 15.0
 _PRESENT = KINDS.index("present")
 _URGENT = KINDS.index("urgent")
 _POINTS = 300
+_VCPUS_MAX = 16
 
 STAGES = (
     ("queue", "event read to taken from the queue"),
@@ -152,13 +153,20 @@ def kinds_of(faults: Faults) -> list[Part]:
 
 
 def vcpus_of(faults: Faults) -> list[Part]:
-    """The faults that waited, by who waited."""
+    """The faults that waited, by who waited; of many vCPUs, those that waited longest by themselves."""
     waited = faults.kind != _PRESENT
     taken_us, vcpus = latencies_us(faults)[waited], faults.vcpu[waited]
+    names, place = np.unique(vcpus, return_inverse=True)
+    blocked_us = np.bincount(place, weights=taken_us, minlength=len(names)) if len(names) else np.zeros(0)
+    longest = np.sort(np.argsort(blocked_us)[::-1][:_VCPUS_MAX])
     parts = []
-    for vcpu in np.unique(vcpus):
-        name, what = (f"vCPU {vcpu}", "") if vcpu >= 0 else ("other", "no vCPU, or it is not known")
-        parts.append(_part(name, what, taken_us[vcpus == vcpu], len(taken_us)))
+    for index in longest:
+        name, what = (f"vCPU {names[index]}", "") if names[index] >= 0 else ("other", "no vCPU, or it is not known")
+        parts.append(_part(name, what, taken_us[place == index], len(taken_us)))
+    if len(names) > len(longest):
+        rest = ~np.isin(place, longest)
+        name = f"{len(names) - len(longest)} more"
+        parts.append(_part(name, "those that waited least", taken_us[rest], len(taken_us)))
     return parts
 
 
