@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from migrate.cli.tracing import extra_is_missing
 from migrate.errors import TraceError
 from migrate.files import replace_file
 
@@ -28,9 +29,7 @@ def report(files: tuple[Path, ...], output: Path) -> None:
         from migrate.telemetry.report import report_html  # noqa: PLC0415
         from migrate.telemetry.trace_file import read_trace  # noqa: PLC0415
     except ModuleNotFoundError as error:
-        raise TraceError(
-            f"traces cannot be read: there is no Python module {error.name}", remedy="pip install 'migrate[trace]'"
-        ) from error
+        raise extra_is_missing(error) from error
     if any(path.resolve() == output.resolve() for path in files):
         raise TraceError(f"{output} is one of the traces, and would be written over", remedy="name another --output")
     page = report_html([(str(path), read_trace(path)) for path in files]).encode()

@@ -24,7 +24,12 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 _REST_S = 30.0
 _LOOK_S = 0.2
 
-EXTRA_REMEDY = "install them with `pip install 'migrate[trace]'`"
+
+def extra_is_missing(error: ModuleNotFoundError) -> TraceError:
+    """What traces need beside the rest is not installed."""
+    return TraceError(
+        f"traces need a Python module that is not here: {error.name}", remedy="pip install 'migrate[trace]'"
+    )
 
 
 def trace_option(command: _Command) -> _Command:
@@ -45,8 +50,8 @@ def make_recorder(path: Path) -> "TraceRecorder":
     """
     try:
         from migrate.telemetry.trace_file import TraceRecorder  # noqa: PLC0415 - takes a while to load
-    except ImportError as error:
-        raise TraceError(f"traces need Python packages that are not here: {error}", remedy=EXTRA_REMEDY) from error
+    except ModuleNotFoundError as error:
+        raise extra_is_missing(error) from error
     if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
         raise TraceError(
             f"the trace cannot be written to {path}", remedy="name a file in a directory that you may write"

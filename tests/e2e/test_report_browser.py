@@ -6,12 +6,11 @@ import os
 import pytest
 
 from migrate.telemetry.report.figures import flatten
-from migrate.telemetry.trace_file import read_trace
 from tests.harness.browser import chromium, why_no_browser
 from tests.harness.cli import run
-from tests.harness.traces import write_trace
+from tests.harness.operator import ask, start
 
-pytestmark = [pytest.mark.browser, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.browser, pytest.mark.kvm, pytest.mark.uffd, pytest.mark.timeout(120)]
 SIZE_BYTES_MAX = 3 << 20
 WIDTHS = (800, 1600)
 
@@ -55,14 +54,18 @@ return [...document.querySelectorAll('h1, p, th, td, figcaption, svg .tick, svg 
 
 
 @pytest.fixture(scope="module")
-def trace_files(tmp_path_factory):
-    """Two traces to look at."""
+def moved(daemons, tmp_path_factory):
+    """Two migrations between daemons, the first hybrid and of a gibibyte: for each, its trace and what it printed."""
     directory = tmp_path_factory.mktemp("traces")
-    files = [directory / "hybrid.trace", directory / "postcopy.trace"]
-    write_trace(files[0], faults=100_000)
-    states = (("SWITCHOVER", 12), ("POSTCOPY", 30), ("COMPLETED", 2_200))
-    write_trace(files[1], faults=20_000, seed=2, mode="postcopy", states_ms=states)
-    return files
+    source, destination = daemons
+    migrations = []
+    for name, memory_mib, mode in (("large", 1024, "hybrid"), ("small", 64, "postcopy")):
+        source.create(name, memory_mib=memory_mib, vcpus=2)
+        source.wait_populated(name)
+        file = directory / f"{name}.parquet"
+        migrations.append((file, start(source, destination, name, "--mode", mode, "--trace", str(file))))
+        ask(destination, "guest", "delete", name)
+    return migrations
 
 
 @pytest.fixture(scope="module")
@@ -75,13 +78,13 @@ def browser(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["one", "comparison"])
-def report(request, trace_files, tmp_path_factory):
-    """A page of the first traces, and these."""
-    files = trace_files[: request.param]
+def report(request, moved, tmp_path_factory):
+    """A page of the first traces, and what their migrations printed."""
     page = tmp_path_factory.mktemp("page") / "report.html"
-    result = run("trace", "report", *map(str, files), "-o", str(page))
+    files = [str(file) for file, _ in moved[: request.param]]
+    result = run("trace", "report", *files, "-o", str(page))
     assert result.exit_code == 0, result.stderr
-    return page, [read_trace(file) for file in files]
+    return page, [printed for _, printed in moved[: request.param]]
 
 
 def test_the_page_is_small(report):
@@ -93,7 +96,7 @@ def test_the_page_is_small(report):
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("is_dark", [False, True], ids=["light", "dark"])
 def test_the_page_loads_nothing_and_fits(browser, report, width, is_dark):
-    page, traces = report
+    page, migrations = report
 
     browser.open(page, width, is_dark=is_dark)
 
@@ -101,7 +104,7 @@ def test_the_page_loads_nothing_and_fits(browser, report, width, is_dark):
     assert browser.requests() == [page.as_uri()]
     assert browser.run(OVERFLOWING) == []
     charts = browser.run(CHARTS)
-    assert len(charts) == (6 if len(traces) == 1 else 10)
+    assert len(charts) == (6 if len(migrations) == 1 else 10)
     for chart in charts:
         assert min(chart["width"], width - 60) > 690, chart
         assert chart["height"] > 90, chart
@@ -110,14 +113,14 @@ def test_the_page_loads_nothing_and_fits(browser, report, width, is_dark):
 
 
 def test_every_figure_equals_the_json(browser, report):
-    page, traces = report
+    page, migrations = report
 
     browser.open(page, WIDTHS[0])
     said = browser.run(FIGURES)
 
-    for place, trace in enumerate(traces):
+    for place, printed in enumerate(migrations):
         shown = {name: value for at, name, value, _ in said if at == place}
-        expected = dict(flatten(trace.migration))
+        expected = dict(flatten(printed))
         assert shown.keys() == expected.keys()
         for name, value in expected.items():
             assert (shown[name] if isinstance(value, str) else json.loads(shown[name])) == value, name

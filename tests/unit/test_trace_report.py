@@ -377,5 +377,5 @@ def test_without_the_extra_the_remedy_is_said(monkeypatch, tmp_path, module):
 
     assert result.exit_code == 1
     assert result.stderr == (
-        f"migrate: traces cannot be read: there is no Python module {module}; pip install 'migrate[trace]'\n"
+        f"migrate: traces need a Python module that is not here: {module}; pip install 'migrate[trace]'\n"
     )

@@ -101,7 +101,7 @@ def _marks(
         words = f"{each.letter} {name} {duration_words(value_us)}".strip()
         y_words = y + 16 if is_first == is_tail else y - 8
         if is_first:
-            drawing.text(words, x - 8, y_words, "mark-words", "end")
+            drawing.text(words, max(x - 8, len(words) * CHARACTER_PX), y_words, "mark-words", "end")
         else:
             drawing.text(words, min(x + 8, WIDTH - len(words) * CHARACTER_PX), y_words, "mark-words")
 
