@@ -100,10 +100,11 @@ def _marks(
         is_first = place == 0 and len(ranked) > 1
         words = f"{each.letter} {name} {duration_words(value_us)}".strip()
         y_words = y + 16 if is_first == is_tail else y - 8
-        if is_first:
-            drawing.text(words, max(x - 8, len(words) * CHARACTER_PX), y_words, "mark-words", "end")
+        width = len(words) * CHARACTER_PX
+        if is_first and x - 8 - width > across.from_px:
+            drawing.text(words, x - 8, y_words, "mark-words", "end")
         else:
-            drawing.text(words, min(x + 8, WIDTH - len(words) * CHARACTER_PX), y_words, "mark-words")
+            drawing.text(words, min(x + 8, WIDTH - width), y_words, "mark-words")
 
 
 def _log_axis(drawing: Drawing, across: Scale, bottom: float) -> None:
