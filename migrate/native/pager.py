@@ -1,19 +1,26 @@
 """The destination's data path: fault thread, missing bitmap, placement. All work is done in C with the GIL dropped."""
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
 from migrate.errors import GuestLostError, IntegrityError, RemoteProtocolError, UffdError
 from migrate.native._native import ffi, lib
+from migrate.native.bitmap import MissingView
 
 _CLAIM_MAX = 256
 _DRAIN_MAX = 4096
 _RECORD_BYTES = 48
 _RECORD_WORDS = _RECORD_BYTES // 8
 _EVENT, _PLACED, _KIND = 1, 4, 5
+_NOTES_MAX = 1024
+
+SUGGESTIONS_MAX: int = lib.MIG_ORDER_SUGGESTIONS
+"""Runs that a policy may have in the queue."""
+HOLD_MAX_US: int = lib.MIG_ORDER_HOLD_US_MAX
+"""How long a policy may keep back what it has not named, before it must say so again."""
 
 
 class PageKind(IntEnum):
@@ -101,6 +108,7 @@ class Order(IntEnum):
     PRECOPY = 0
     FOLLOW = 1
     BUBBLE = 2
+    SUGGESTED = 3
 
 
 class PagerStoppedError(Exception):
@@ -123,6 +131,7 @@ class Pager:
         ret = ffi.new("struct mig_pager **")
         _check("make a pager", lib.mig_pager_create(uffd, region_hva, pages, order, ret))
         self._pager = ret[0]
+        self._notes: Any = ffi.new("struct mig_fault_note[]", _NOTES_MAX) if order is Order.SUGGESTED else None
         self._records: Any = ffi.new("struct mig_fault_record[]", _DRAIN_MAX)
         self.pages = pages
 
@@ -231,6 +240,55 @@ class Pager:
             GuestLostError: the guest process is gone.
         """
         _check_run(first_page, count_pages, lib.mig_pager_place_zero(self._pager, generation, first_page, count_pages))
+
+    # ---- a policy: of order SUGGESTED alone ----
+
+    def wait_faults(self, timeout_us: int) -> tuple[list[tuple[int, int, int, bool]], int]:
+        """Wait for faults on missing pages, or until few suggestions are left. For one thread alone.
+
+        Returns:
+            For each fault its page, event_ns, thread_id, and whether the page had been asked for; and how many were
+            dropped since the last call, because nobody took them.
+
+        Raises:
+            PagerStoppedError: stopped, or nothing is missing.
+            UffdError: faults are read no longer.
+        """
+        lost = ffi.new("uint64_t *")
+        rc = lib.mig_pager_wait_faults(self._pager, self._notes, _NOTES_MAX, timeout_us, lost)
+        notes = self._notes[0 : _check("read page faults", rc)]
+        return [(note.page, note.event_ns, note.thread_id, bool(note.was_requested)) for note in notes], lost[0]
+
+    def suggest(self, runs: Sequence[tuple[int, int]], hold_us: int = 0) -> int:
+        """Have these runs, (first page, pages), asked for next, and all else kept back for a while.
+
+        Args:
+            runs: What of each is missing and has not been asked for when its turn comes. Those that find no room among
+                SUGGESTIONS_MAX are dropped.
+            hold_us: From now on; HOLD_MAX_US at most.
+
+        Returns:
+            How many runs are in the queue now. Whoever fetches must be woken.
+
+        Raises:
+            UffdError: a run does not lie within the region; none was taken.
+        """
+        queued = ffi.new("uint32_t *")
+        given = ffi.new("struct mig_page_run[]", runs)
+        _check("suggest pages", lib.mig_pager_suggest(self._pager, given, len(runs), hold_us, queued))
+        count: int = queued[0]
+        return count
+
+    @property
+    def held_s(self) -> float:
+        """How long `claim_run` keeps back what no policy has named; 0 if it does not."""
+        held_ns: int = lib.mig_pager_held_ns(self._pager)
+        return held_ns / 1e9
+
+    @property
+    def missing(self) -> MissingView:
+        """The pages that are missing, until the pager is closed."""
+        return MissingView(lib.mig_pager_missing(self._pager))
 
     # ---- when something went away ----
 
