@@ -55,6 +55,7 @@ def destination_entry(request: transfer.PrepareRequest, peer_host: str) -> saved
         peer_timeout_us=request.peer_timeout_us,
         deadline_us=request.deadline_us,
         on_deadline=request.on_deadline,
+        recorded_pages=request.recorded_pages,
     )
     return saved.SavedMigration(migration_id=request.migration_id, destination=destination)
 

@@ -1,4 +1,4 @@
-"""Which pages of a region are missing: a pager's bitmap, or one of our own, for whoever tries a policy without a guest."""
+"""Which pages of a region are missing: a view of a pager's bitmap, or a bitmap of our own, to try a policy over."""
 
 from typing import Any
 

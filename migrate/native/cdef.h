@@ -82,9 +82,8 @@ int mig_pager_claim_urgent(struct mig_pager *pager, uint64_t *pages, uint32_t ma
 int mig_pager_give_back(struct mig_pager *pager, uint64_t first_page, uint64_t count_pages);
 uint32_t mig_pager_claim_run(struct mig_pager *pager, uint32_t max_pages, uint64_t *ret_first_page);
 int mig_pager_wait_faults(struct mig_pager *pager, struct mig_fault_note *notes, uint32_t max_notes,
-                          uint64_t timeout_us, uint64_t *ret_lost);
-int mig_pager_suggest(struct mig_pager *pager, const struct mig_page_run *runs, uint32_t count, uint64_t hold_us,
-                      uint32_t *ret_queued);
+                          uint64_t timeout_us, uint64_t *ret_lost, uint32_t *ret_queued);
+int mig_pager_suggest(struct mig_pager *pager, const struct mig_page_run *runs, uint32_t count, uint64_t hold_us);
 uint64_t mig_pager_held_ns(struct mig_pager *pager);
 int mig_pager_place_data(struct mig_pager *pager, uint64_t generation, uint64_t first_page, uint64_t count_pages,
                          const void *data, enum mig_page_kind kind, bool verify, uint64_t digest);

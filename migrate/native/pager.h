@@ -148,20 +148,19 @@ uint32_t mig_pager_claim_run(struct mig_pager *pager, uint32_t max_pages, uint64
 
 /**
  * Wait for faults on missing pages, or until few suggestions are left. The latest few thousand are kept, and *ret_lost
- * is how many were dropped to make room since the last call.
+ * is how many were dropped to make room since the last call. *ret_queued is how many suggested runs are left.
  * Returns how many were written to `notes`, -ECANCELED once stopped or done, or the fault thread's error.
  */
 int mig_pager_wait_faults(struct mig_pager *pager, struct mig_fault_note *notes, uint32_t max_notes,
-                          uint64_t timeout_us, uint64_t *ret_lost);
+                          uint64_t timeout_us, uint64_t *ret_lost, uint32_t *ret_queued);
 
 /**
  * These runs are asked for next, after those suggested before; of each, what is missing then and was not asked for.
  * All other pages wait for hold_us, a second at most, from now on. Whoever fetches must be woken afterwards.
- * *ret_queued is how many runs are in the queue now; those that found no room are not.
+ * Those that find no room in the queue of MIG_ORDER_SUGGESTIONS are dropped.
  * Returns 0, or -EINVAL if a run does not lie within the region: then nothing was changed.
  */
-int mig_pager_suggest(struct mig_pager *pager, const struct mig_page_run *runs, uint32_t count, uint64_t hold_us,
-                      uint32_t *ret_queued);
+int mig_pager_suggest(struct mig_pager *pager, const struct mig_page_run *runs, uint32_t count, uint64_t hold_us);
 
 /** How long mig_pager_claim_run keeps back what no policy has named; 0 if it does not. */
 uint64_t mig_pager_held_ns(struct mig_pager *pager);

@@ -4,7 +4,7 @@ import errno
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 from migrate.errors import GuestLostError, IntegrityError, RemoteProtocolError, UffdError
 from migrate.native._native import ffi, lib
@@ -100,6 +100,20 @@ class FaultBatch:
         """Kernel event read to page placed, of every fault whose page had not come before its event was read."""
         columns = (self._words[column::_RECORD_WORDS] for column in (_EVENT, _PLACED, _KIND))
         return [(placed - event) / 1000 for event, placed, last in zip(*columns, strict=True) if last >> 32 != _PRESENT]
+
+
+class FaultNotes(NamedTuple):
+    """What a policy hears.
+
+    Attributes:
+        faults: For each its page, event_ns, thread_id, and whether the page had been asked for.
+        lost: Faults that were dropped since the last call, because nobody took them.
+        queued: Runs that were suggested and have not been used up.
+    """
+
+    faults: list[tuple[int, int, int, bool]]
+    lost: int
+    queued: int
 
 
 class Order(IntEnum):
@@ -243,41 +257,34 @@ class Pager:
 
     # ---- a policy: of order SUGGESTED alone ----
 
-    def wait_faults(self, timeout_us: int) -> tuple[list[tuple[int, int, int, bool]], int]:
+    def wait_faults(self, timeout_us: int) -> FaultNotes:
         """Wait for faults on missing pages, or until few suggestions are left. For one thread alone.
-
-        Returns:
-            For each fault its page, event_ns, thread_id, and whether the page had been asked for; and how many were
-            dropped since the last call, because nobody took them.
 
         Raises:
             PagerStoppedError: stopped, or nothing is missing.
             UffdError: faults are read no longer.
         """
-        lost = ffi.new("uint64_t *")
-        rc = lib.mig_pager_wait_faults(self._pager, self._notes, _NOTES_MAX, timeout_us, lost)
+        lost, queued = ffi.new("uint64_t *"), ffi.new("uint32_t *")
+        rc = lib.mig_pager_wait_faults(self._pager, self._notes, _NOTES_MAX, timeout_us, lost, queued)
         notes = self._notes[0 : _check("read page faults", rc)]
-        return [(note.page, note.event_ns, note.thread_id, bool(note.was_requested)) for note in notes], lost[0]
+        faults = [(note.page, note.event_ns, note.thread_id, bool(note.was_requested)) for note in notes]
+        return FaultNotes(faults, lost[0], queued[0])
 
-    def suggest(self, runs: Sequence[tuple[int, int]], hold_us: int = 0) -> int:
+    def suggest(self, runs: Sequence[tuple[int, int]], hold_us: int = 0) -> None:
         """Have these runs, (first page, pages), asked for next, and all else kept back for a while.
+
+        Whoever fetches must be woken afterwards.
 
         Args:
             runs: What of each is missing and has not been asked for when its turn comes. Those that find no room among
                 SUGGESTIONS_MAX are dropped.
             hold_us: From now on; HOLD_MAX_US at most.
 
-        Returns:
-            How many runs are in the queue now. Whoever fetches must be woken.
-
         Raises:
             UffdError: a run does not lie within the region; none was taken.
         """
-        queued = ffi.new("uint32_t *")
         given = ffi.new("struct mig_page_run[]", runs)
-        _check("suggest pages", lib.mig_pager_suggest(self._pager, given, len(runs), hold_us, queued))
-        count: int = queued[0]
-        return count
+        _check("suggest pages", lib.mig_pager_suggest(self._pager, given, len(runs), hold_us))
 
     @property
     def held_s(self) -> float:

@@ -43,7 +43,7 @@ uint32_t mig_next_run(struct mig_pager *pager, uint32_t max_pages, uint64_t *ret
 /* ---- for the policy's thread ---- */
 
 int mig_pager_wait_faults(struct mig_pager *pager, struct mig_fault_note *notes, uint32_t max_notes,
-                          uint64_t timeout_us, uint64_t *ret_lost)
+                          uint64_t timeout_us, uint64_t *ret_lost, uint32_t *ret_queued)
 {
     const uint64_t deadline_ns = mig_now_ns() + timeout_us * 1000;
     int rc;
@@ -61,13 +61,13 @@ int mig_pager_wait_faults(struct mig_pager *pager, struct mig_fault_note *notes,
         pager->wants_runs = false;
         *ret_lost = pager->lost_notes;
         pager->lost_notes = 0;
+        *ret_queued = mig_order_suggested(&pager->order);
     }
     pthread_mutex_unlock(&pager->mutex);
     return rc;
 }
 
-int mig_pager_suggest(struct mig_pager *pager, const struct mig_page_run *runs, uint32_t count, uint64_t hold_us,
-                      uint32_t *ret_queued)
+int mig_pager_suggest(struct mig_pager *pager, const struct mig_page_run *runs, uint32_t count, uint64_t hold_us)
 {
     const uint64_t pages = pager->missing.bits;
 
@@ -80,7 +80,6 @@ int mig_pager_suggest(struct mig_pager *pager, const struct mig_page_run *runs, 
     for (uint32_t i = 0; i < count && mig_order_suggest(&pager->order, runs[i]); i++)
         ;
     mig_order_hold(&pager->order, mig_now_ns(), hold_us);
-    *ret_queued = mig_order_suggested(&pager->order);
     pthread_mutex_unlock(&pager->mutex);
     return 0;
 }

@@ -139,6 +139,7 @@ class Attempt:
                     peer_timeout_us=request.peer_timeout_us,
                     deadline_us=request.deadline_us,
                     on_deadline=request.on_deadline,
+                    recorded_pages=request.recorded_pages,
                 )
             )
         compression = types.PAGE_COMPRESSION_NONE

@@ -3,8 +3,10 @@
 isort:skip_file
 What a daemon writes down, one file for each migration: no more than what cannot be had from the guest or the peer."""
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf.internal import containers as _containers
 from migrate.v1 import migration_service_pb2 as _migration_service_pb2
 from migrate.v1 import types_pb2 as _types_pb2
 import builtins as _builtins
@@ -128,6 +130,7 @@ class SavedDestination(_message.Message):
     DEADLINE_US_FIELD_NUMBER: _builtins.int
     ON_DEADLINE_FIELD_NUMBER: _builtins.int
     INSTANCE_FIELD_NUMBER: _builtins.int
+    RECORDED_PAGES_FIELD_NUMBER: _builtins.int
     guest: _builtins.str
     token: _builtins.str
     attempt: _builtins.int
@@ -150,6 +153,10 @@ class SavedDestination(_message.Message):
     on_deadline: _types_pb2.DeadlineAction.ValueType
     instance: _builtins.str
     """Of the guest process; empty until there is one."""
+    @_builtins.property
+    def recorded_pages(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Gone once the migration has ended, as those of a SavedSource's request are."""
+
     def __init__(
         self,
         *,
@@ -172,10 +179,11 @@ class SavedDestination(_message.Message):
         deadline_us: _builtins.int = ...,
         on_deadline: _types_pb2.DeadlineAction.ValueType = ...,
         instance: _builtins.str = ...,
+        recorded_pages: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "compression", b"compression", "control_endpoint", b"control_endpoint", "deadline_us", b"deadline_us", "fenced_attempt", b"fenced_attempt", "guest", b"guest", "guest_touches", b"guest_touches", "instance", b"instance", "max_bandwidth_bytes_per_s", b"max_bandwidth_bytes_per_s", "may_run", b"may_run", "memory_digest", b"memory_digest", "mode", b"mode", "on_deadline", b"on_deadline", "order", b"order", "page_endpoint", b"page_endpoint", "peer_timeout_us", b"peer_timeout_us", "token", b"token", "transport", b"transport", "verify", b"verify"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "compression", b"compression", "control_endpoint", b"control_endpoint", "deadline_us", b"deadline_us", "fenced_attempt", b"fenced_attempt", "guest", b"guest", "guest_touches", b"guest_touches", "instance", b"instance", "max_bandwidth_bytes_per_s", b"max_bandwidth_bytes_per_s", "may_run", b"may_run", "memory_digest", b"memory_digest", "mode", b"mode", "on_deadline", b"on_deadline", "order", b"order", "page_endpoint", b"page_endpoint", "peer_timeout_us", b"peer_timeout_us", "recorded_pages", b"recorded_pages", "token", b"token", "transport", b"transport", "verify", b"verify"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

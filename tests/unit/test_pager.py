@@ -247,16 +247,17 @@ def test_a_policy_hears_of_faults_on_missing_pages(toucher, suggested):
     faults = []
     for page in (20, 5):
         toucher.touch(page)
-        faults += suggested.wait_faults(CLAIM_US)[0]
+        faults += suggested.wait_faults(CLAIM_US).faults
     toucher.touch(0)
     assert toucher.result()[0] == 0
     assert [(page, was_requested) for page, _, _, was_requested in faults] == [(20, False), (5, True)]
     assert all(event_ns and thread_id for _, event_ns, thread_id, _ in faults)
-    assert suggested.wait_faults(0) == ([], 0)
+    assert suggested.wait_faults(0) == ([], 0, 0)
 
 
 def test_a_policy_names_pages(suggested):
-    assert suggested.suggest([(40, 4), (9, 1)]) == 2
+    suggested.suggest([(40, 4), (9, 1)])
+    assert suggested.wait_faults(0).queued == 2
     assert [suggested.claim_run(64) for _ in range(3)] == [(40, 4), (9, 1), (0, 9)]
 
 
@@ -285,7 +286,7 @@ def test_a_policy_is_asked_again_when_its_runs_run_out(suggested):
     thread.start()
     suggested.claim_run(64)
     thread.join(5)
-    assert outcome == [([], 0)]
+    assert outcome == [([], 0, 0)]
 
 
 def test_faults_that_no_policy_takes_are_dropped_and_counted(toucher, suggested):
@@ -296,9 +297,9 @@ def test_faults_that_no_policy_takes_are_dropped_and_counted(toucher, suggested)
         wait_until(lambda faults=faults: suggested.counters().faults >= faults, 5, "the faults")
         assert lib.mig_uffd_wake(toucher.uffd, toucher.hva, PAGES * PAGE) == 0
     wait_until(lambda: suggested.counters().faults >= NOTES_MAX + 2 * PAGES, 5, "the last faults")
-    heard, lost = suggested.wait_faults(0)
+    heard, lost, _ = suggested.wait_faults(0)
     assert lost == suggested.counters().faults - NOTES_MAX
-    while more := suggested.wait_faults(0)[0]:
+    while more := suggested.wait_faults(0).faults:
         heard += more
     assert len(heard) == NOTES_MAX
     assert all(was_requested for *_, was_requested in heard)
