@@ -97,7 +97,7 @@ def check_order_word(order: str) -> None:
         ConfigError: it may not.
     """
     if len(order) > _ORDER_CHARS_MAX or not (_ORDER_NAME.fullmatch(order) or _MODULE_CLASS.fullmatch(order)):
-        raise ConfigError(f"{order[:80]!r} is neither the name of an order nor module:Class")
+        raise ConfigError(f"{order[:80]!r} is no order of the background: that is a name, or module:Class")
 
 
 @dataclass(frozen=True, slots=True)

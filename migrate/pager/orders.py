@@ -122,7 +122,7 @@ def _load(reference: str) -> type[Policy]:
     module_name, _, class_name = reference.partition(":")
     try:
         found = getattr(importlib.import_module(module_name), class_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         # A module that is imported may raise anything.
         raise ConfigError(
             f"policy {reference} cannot be loaded: {type(error).__name__}: {error}",

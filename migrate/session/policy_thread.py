@@ -53,7 +53,7 @@ class PolicyThread:
                 self._step(policy)
         except PagerStoppedError:
             return
-        except Exception:  # noqa: BLE001 - foreign code
+        except (Exception, SystemExit):  # noqa: BLE001 - foreign code
             _log.exception(
                 "policy %s of migration %s is dropped; pages come in ascending order", self._class.__name__, self._name
             )
