@@ -1,8 +1,6 @@
-"""A policy that a stranger could have written after ten minutes of docs/policies.md."""
+"""A policy for a guest that works at the top of its memory."""
 
 from migrate.pager.policy import Policy
-
-RUN_PAGES = 64
 
 
 class Descending(Policy):
@@ -10,7 +8,7 @@ class Descending(Policy):
 
     def __init__(self, context):
         super().__init__(context)
-        self._runs = iter(range((context.pages - 1) // RUN_PAGES * RUN_PAGES, -1, -RUN_PAGES))
+        self._runs = ((page, 1) for page in range(context.pages - 1, -1, -1))
 
     def next_runs(self, missing):
-        return ((first_page, RUN_PAGES) for first_page in self._runs)
+        return self._runs

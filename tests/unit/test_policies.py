@@ -2,6 +2,8 @@
 
 import itertools
 import random
+import re
+from pathlib import Path
 
 import pytest
 
@@ -159,3 +161,14 @@ def test_a_policy_may_look_up_what_is_missing():
     ]
     assert missing.lose(50, 1) == 1
     assert missing.next(10) == 50
+
+
+ROOT = Path(__file__).resolve().parents[2]
+PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def test_what_the_document_shows_is_what_is_tested(capsys):
+    written, tried = PYTHON_BLOCK.findall((ROOT / "docs" / "policies.md").read_text())
+    assert written == (ROOT / "tests" / "third_party_policy" / "last_page_first.py").read_text()
+    exec(tried, {})  # noqa: S102
+    assert f"# {capsys.readouterr().out}" == tried.rpartition("  ")[2]
