@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import threading
+import time
 from collections.abc import Sequence
 
 from migrate.native.pager import HOLD_MAX_US, SUGGESTIONS_MAX, PagerStoppedError
@@ -11,6 +12,8 @@ from migrate.session.page_flow import PageFlow
 
 # Faults, and a queue that runs low, end the wait; else it is how often a hold is renewed.
 _TICK_US = HOLD_MAX_US // 4
+# One that names nothing but what is there already would be asked again at once, and for ever.
+_BREATH_S = 0.001
 
 _log = logging.getLogger(__name__)
 
@@ -68,6 +71,8 @@ class PolicyThread:
         heard = self._flow.wait_faults(_TICK_US)
         for fault in heard.faults:
             policy.on_fault(Fault(*fault))
+        if not heard.faults:
+            time.sleep(_BREATH_S)
         self._queued = heard.queued
         if heard.lost and not self._lost:
             _log.warning("policy %s of migration %s is too slow: it misses faults", self._class.__name__, self._name)

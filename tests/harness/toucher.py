@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 
 PAGE = mmap.PAGESIZE
 
@@ -40,9 +41,10 @@ class Toucher:
         """Have a page read; does not wait for the answer."""
         self._socket.send(json.dumps({"touch": page}).encode())
 
-    def walk(self, first_page, stride, count):
-        """Have one thread read pages, each after the one before; does not wait for the answers, one for each."""
-        self._socket.send(json.dumps({"touch": first_page, "stride": stride, "count": count}).encode())
+    def walk(self, first_page, stride, count, pause_s=0):
+        """Have one thread read pages, each some time after the one before. Each is answered; does not wait."""
+        words = {"touch": first_page, "stride": stride, "count": count, "pause_s": pause_s}
+        self._socket.send(json.dumps(words).encode())
 
     def result(self):
         """(page, digest of what was read) of the touch that was answered first."""
@@ -74,9 +76,10 @@ def main():
     uffd.register_missing(fd, hva, pages * PAGE)
     socket.send_fds(channel, [json.dumps({"hva": hva}).encode()], [fd, memfd])
 
-    def walk(touch, stride=1, count=1):
+    def walk(touch, stride=1, count=1, pause_s=0):
         for step in range(count):
             read(touch + step * stride)
+            time.sleep(pause_s)
 
     def read(page):
         copy = ctypes.create_string_buffer(PAGE)
