@@ -1,5 +1,6 @@
 """What a daemon is told on its command line, and the limits that hold everywhere."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,20 @@ PEER_TIMEOUT_MIN_US = 200_000
 """Shorter, and a scheduler's whim would look like a lost peer."""
 PEER_TIMEOUT_MAX_US = 3_600_000_000
 
+ORDERS = {
+    "precopy": "Ascending, once around.",
+    "follow": "Ascending from the last fault on, for a guest that walks through its memory.",
+    "bubble": "Outward from the last few faults, both ways, by turns (Hines, Deshpande, Gopalan: VEE 2009).",
+}
+"""Orders of the background that every destination has, for the C core does them; the first is the default."""
+
+RECORDED_PAGES_MAX = 262_144
+"""Pages that a migration may be told an earlier run faulted on: 1 GiB of them."""
+
 _HOST_CHARS_MAX = 255
+_ORDER_CHARS_MAX = 200
+_MODULE_CLASS = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
+_ORDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 _PORT_MAX = 0xFFFF
 _PORT_DIGITS = 5
@@ -76,6 +90,16 @@ class Endpoint:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
+def check_order_word(order: str) -> None:
+    """Whether an order of the background may be called so; whether there is one, its destination knows.
+
+    Raises:
+        ConfigError: it may not.
+    """
+    if len(order) > _ORDER_CHARS_MAX or not (_ORDER_NAME.fullmatch(order) or _MODULE_CLASS.fullmatch(order)):
+        raise ConfigError(f"{order[:80]!r} is no order of the background: that is a name, or module:Class")
+
+
 @dataclass(frozen=True, slots=True)
 class DaemonConfig:
     """A daemon's settings.
@@ -90,6 +114,7 @@ class DaemonConfig:
         tls_dir: The daemon's certificate, key, and whom it trusts (migrate/tls.py); None serves everybody in plaintext.
         qemu_dirs: Where files of QEMU guests that arrive may lie.
         programs_dir: What may be started as a guest of kind process, by name; None if nothing may.
+        policies: Policies that peers may ask for as module:Class, beside those that are installed.
         ready_fd: Written one JSON line {"listen": …, "page_listen": …} once the daemon serves, then closed.
         metrics_listen: HOST:PORT where metrics are had by plain HTTP; None serves none.
         log_format: `text` or `json`.
@@ -103,6 +128,7 @@ class DaemonConfig:
     tls_dir: Path | None = None
     qemu_dirs: tuple[Path, ...] = ()
     programs_dir: Path | None = None
+    policies: tuple[str, ...] = ()
     ready_fd: int | None = None
     metrics_listen: str | None = None
     log_format: str = "text"

@@ -37,6 +37,14 @@ from migrate.config import DaemonConfig, Endpoint
     type=click.Path(file_okay=False, path_type=Path),
     help="Executable files that may be started as guests, by their names.  [default: none]",
 )
+@click.option(
+    "--policy",
+    "policies",
+    multiple=True,
+    metavar="MODULE:CLASS",
+    help="An order that peers may ask for, beside those that `migrate policies` lists; may be repeated.  "
+    "[default: none]",
+)
 @click.option("--metrics-listen", type=ENDPOINT, help="Where metrics are served, by plain HTTP.  [default: nowhere]")
 @click.option(
     "--log-format",
@@ -56,6 +64,7 @@ def daemon(
     tls_dir: Path | None,
     qemu_dirs: tuple[Path, ...],
     programs: Path | None,
+    policies: tuple[str, ...],
     metrics_listen: str | None,
     log_format: str,
     insecure: bool,
@@ -90,6 +99,7 @@ def daemon(
             tls_dir=tls_dir,
             qemu_dirs=qemu_dirs,
             programs_dir=programs,
+            policies=policies,
             ready_fd=ready_fd,
             metrics_listen=metrics_listen,
             log_format=log_format,

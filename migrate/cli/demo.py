@@ -112,7 +112,9 @@ def _run(name: str, options: _DemoOptions, trace: Path | None) -> types_pb2.Migr
         processes = GuestProcesses()
         stack.callback(processes.end_all)
         linux = LinuxGuest(base_dir) if options["kind"] == QEMU else None
-        daemon_options = linux.daemon_options if linux is not None else []
+        daemon_options = [*linux.daemon_options] if linux is not None else []
+        if ":" in options["order"]:
+            daemon_options += ["--policy", options["order"]]
         daemons = [LocalDaemon(side, base_dir, daemon_options) for side in ("source", "destination")]
         stack.callback(_stop_all, daemons, processes)
         for daemon in daemons:

@@ -14,6 +14,7 @@ from migrate.cli.drain import drain
 from migrate.cli.guest import guest
 from migrate.cli.listing import list_migrations
 from migrate.cli.migration import EXIT_INTERRUPTED, cancel, recover, start, status, switchover
+from migrate.cli.policies import policies
 from migrate.cli.render import EXIT_FAILED, EXIT_PAUSED
 from migrate.cli.tls import tls
 from migrate.cli.trace import trace
@@ -48,6 +49,7 @@ main.add_command(doctor)
 main.add_command(drain)
 main.add_command(guest)
 main.add_command(list_migrations)
+main.add_command(policies)
 main.add_command(start)
 main.add_command(status)
 main.add_command(recover)

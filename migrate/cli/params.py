@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypedDict, TypeVar, cast
 
 import click
+from click.shell_completion import CompletionItem
 
 from migrate.client.terms import (
     COMPRESSIONS,
@@ -15,14 +16,14 @@ from migrate.client.terms import (
     KINDS,
     MODES,
     NO_CONVERGENCE,
-    ORDERS,
     TRANSPORTS,
     WORKLOADS,
     GuestTerms,
     MigrationTerms,
 )
-from migrate.config import Endpoint
+from migrate.config import ORDERS, Endpoint, check_order_word
 from migrate.errors import ConfigError
+from migrate.pager.orders import installed_orders
 from migrate.units import PAGE_SIZE_BYTES, parse_duration_us, parse_rate_bytes_per_s, parse_size_bytes
 
 DEFAULT_DAEMON = "127.0.0.1:7400"
@@ -70,11 +71,26 @@ def _ram_bytes(text: str) -> int:
     return count_bytes
 
 
+def _order(text: str) -> str:
+    check_order_word(text)
+    return text
+
+
+def _complete_order(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Orders of this host; the destination may have others."""
+    return [
+        CompletionItem(source.name, help=source.where)
+        for source in installed_orders()
+        if source.name.startswith(incomplete)
+    ]
+
+
 ENDPOINT = _Parsed("HOST:PORT", _endpoint)
 GUEST_NAME = _Parsed("NAME", _guest_name)
 RAM_SIZE = _Parsed("SIZE", _ram_bytes)
 DURATION = _Parsed("DURATION", parse_duration_us)
 RATE = _Parsed("RATE", parse_rate_bytes_per_s)
+ORDER = _Parsed("ORDER", _order)
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +245,12 @@ def migration_options() -> Callable[[_Command], _Command]:
             help="In mode precopy, what to do if the guest writes faster than its pages move.",
         ),
         click.option(
-            "--order", type=_choice(ORDERS), default="precopy", show_default=True, help="Order of the background."
+            "--order",
+            type=ORDER,
+            default=next(iter(ORDERS)),
+            show_default=True,
+            shell_complete=_complete_order,
+            help="Order of the background: one that `migrate policies` lists at the destination, or MODULE:CLASS.",
         ),
         click.option("--max-bandwidth", type=RATE, default=0, help="Cap of the background.  [default: none]"),
         click.option(

@@ -6,7 +6,7 @@ The defaults are those of the command line.
 from collections.abc import Mapping, Sequence
 from typing import TypedDict, TypeVar, Unpack
 
-from migrate.config import PEER_TIMEOUT_DEFAULT_US
+from migrate.config import ORDERS, PEER_TIMEOUT_DEFAULT_US, RECORDED_PAGES_MAX, check_order_word
 from migrate.errors import ConfigError
 from migrate.v1 import migration_service_pb2 as operator
 from migrate.v1 import types_pb2 as types
@@ -38,7 +38,6 @@ DEADLINE_ACTIONS = {
     "poison": types.DEADLINE_ACTION_POISON,
 }
 COMPRESSIONS = {"none": types.PAGE_COMPRESSION_NONE, "zstd": types.PAGE_COMPRESSION_ZSTD}
-ORDERS = ("precopy", "follow", "bubble")
 
 _Value = TypeVar("_Value")
 
@@ -75,7 +74,10 @@ class MigrationTerms(TypedDict, total=False):
 
     Attributes:
         mode: "hybrid", "precopy" or "postcopy"; None, the default, has the daemon choose.
-        order: Of the background: "precopy" (the default), "follow" or "bubble".
+        order: Of the background: "precopy" (the default), "follow", "bubble", or a policy of the destination: its name,
+            or "module:Class".
+        recorded_pages: Pages that an earlier run of the guest faulted on, in that order, for an order that goes by them
+            ("recorded-set"); none.
         transport: "native" (the default) or "grpcio".
         compression: "none" (the default) or "zstd".
         max_bandwidth_bytes_per_s: Cap of the background; 0, the default, is none.
@@ -91,6 +93,7 @@ class MigrationTerms(TypedDict, total=False):
 
     mode: str | None
     order: str
+    recorded_pages: Sequence[int]
     transport: str
     compression: str
     max_bandwidth_bytes_per_s: int
@@ -134,11 +137,17 @@ def start_request(guest: str, to: str, **terms: Unpack[MigrationTerms]) -> opera
         ConfigError: a word is not one of those above.
     """
     mode = terms.get("mode")
+    order = terms.get("order", next(iter(ORDERS)))
+    check_order_word(order)
+    recorded_pages = terms.get("recorded_pages", ())
+    if len(recorded_pages) > RECORDED_PAGES_MAX:
+        raise ConfigError(f"at most {RECORDED_PAGES_MAX} recorded pages can be given, not {len(recorded_pages)}")
     return operator.StartMigrationRequest(
         guest=guest,
         to=to,
         mode=_value(MODES, "mode", mode) if mode else types.MIGRATION_MODE_UNSPECIFIED,
-        order=terms.get("order", ORDERS[0]),
+        order=order,
+        recorded_pages=recorded_pages,
         transport=_value(TRANSPORTS, "transport", terms.get("transport", "native")),
         compression=_value(COMPRESSIONS, "compression", terms.get("compression", "none")),
         max_bandwidth_bytes_per_s=terms.get("max_bandwidth_bytes_per_s", 0),

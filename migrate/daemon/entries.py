@@ -56,6 +56,7 @@ def destination_entry(request: transfer.PrepareRequest, peer_host: str) -> saved
         deadline_us=request.deadline_us,
         on_deadline=request.on_deadline,
         trace=request.trace,
+        recorded_pages=request.recorded_pages,
     )
     return saved.SavedMigration(migration_id=request.migration_id, destination=destination)
 

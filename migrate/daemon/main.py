@@ -33,6 +33,7 @@ from migrate.errors import ConfigError
 from migrate.native.exports import Exports
 from migrate.native.pageserver import PageServer
 from migrate.pager.fetcher import make_fetcher
+from migrate.pager.orders import Orders
 from migrate.pageserver.servicer import PageServicer
 from migrate.telemetry.clock import Clock
 from migrate.telemetry.logs import configure_logging
@@ -66,13 +67,14 @@ class Daemon:
         config: Its settings.
 
     Raises:
-        ConfigError: an address cannot be listened on, or one of the directories cannot be used.
+        ConfigError: an address cannot be listened on, or one of the directories or policies cannot be used.
     """
 
     def __init__(self, config: DaemonConfig) -> None:
         listen = Endpoint.parse(config.listen)
         page_listen = Endpoint.parse(config.page_listen) if config.page_listen else Endpoint(listen.host, 0)
         programs = Programs(config.programs_dir)
+        orders = Orders(config.policies)
         self._tls = DaemonTls(config.tls_dir) if config.tls_dir is not None else None
         self._is_mortal = config.state_dir is None
         self._state = StateDir(config.state_dir or Path(tempfile.mkdtemp(prefix="migrate-")))
@@ -86,6 +88,7 @@ class Daemon:
             self._state,
             peer_of=functools.partial(GrpcPeer, tls=None if self._tls is None else self._tls.files),
             fetcher_of=make_fetcher if self._tls is None else self._tls.make_fetcher,
+            orders=orders,
         )
         self._health = health.HealthServicer()
         self._control = self._build_control_server()

@@ -28,20 +28,25 @@ from migrate.errors import (
     MigrateError,
     NotFoundError,
     StateDirError,
+    UnsupportedHostError,
 )
 from migrate.native.exports import Exports
 from migrate.pager.fetcher import make_fetcher
+from migrate.pager.orders import Orders
+from migrate.pager.policy import Policy
 from migrate.session.arrival import Twin
 from migrate.session.destination import DestinationSession
 from migrate.session.page_flow import FetcherOf
 from migrate.session.ports import Journal, PeerOf
 from migrate.session.record import MigrationRecord, nothing_to_recover
 from migrate.session.rules import (
+    MEMORY_MAX_BYTES,
     HostFacts,
     check_compression,
     check_id,
     check_peer_timeout,
     check_prepare,
+    check_recorded_pages,
     check_terms,
     choose_mode,
     choose_transport,
@@ -51,6 +56,7 @@ from migrate.session.states import State
 from migrate.telemetry.clock import Clock
 from migrate.telemetry.host import available_bytes
 from migrate.telemetry.steps import note_past
+from migrate.units import bytes_to_pages
 from migrate.v1 import daemon_state_pb2 as saved
 from migrate.v1 import migration_service_pb2 as operator
 from migrate.v1 import transfer_service_pb2 as transfer
@@ -74,6 +80,7 @@ class MigrationRegistry:
         journal: Where they are written down.
         peer_of: Connects to another daemon.
         fetcher_of: Makes what fetches pages from there.
+        orders: In which they may be fetched; None for what is installed.
     """
 
     def __init__(
@@ -85,6 +92,7 @@ class MigrationRegistry:
         *,
         peer_of: PeerOf = GrpcPeer,
         fetcher_of: FetcherOf = make_fetcher,
+        orders: Orders | None = None,
     ) -> None:
         self._guests = guests
         self._exports = exports
@@ -92,6 +100,7 @@ class MigrationRegistry:
         self._journal = journal
         self._peer_of = peer_of
         self._fetcher_of = fetcher_of
+        self._orders = Orders() if orders is None else orders
         self._sources: dict[str, SourceSession] = {}
         self._destinations: dict[str, DestinationSession] = {}
         self._past: dict[str, saved.SavedMigration] = {}  # ended before this daemon was started
@@ -152,6 +161,7 @@ class MigrationRegistry:
         check_terms(request.mode or types.MIGRATION_MODE_HYBRID, request.order)
         check_compression(request.compression, request.transport)
         check_peer_timeout(request.peer_timeout_us)
+        check_recorded_pages(request.recorded_pages, bytes_to_pages(MEMORY_MAX_BYTES))
         Endpoint.parse(request.to)
         seen = self._guests.find(request.guest).client.look()
         mode = choose_mode(request.mode, has_dirty_log=seen.has_dirty_log, reason=seen.no_dirty_log_reason)
@@ -201,7 +211,8 @@ class MigrationRegistry:
         Raises:
             MigrateError: why it cannot come; nothing was changed.
         """
-        check_prepare(request, HostFacts(available_bytes()))
+        check_prepare(request, HostFacts(available_bytes(), self._orders.names))
+        policy = self._policy_of(request.order)
         entry = destination_entry(request, peer_host)
         attempt = entry.destination.attempt
         with self._replacing:
@@ -216,6 +227,7 @@ class MigrationRegistry:
                 self._clock,
                 self._journal,
                 self._fetcher_of,
+                policy=policy,
             )
             with self._lock:
                 self._past.pop(request.migration_id, None)
@@ -471,6 +483,21 @@ class MigrationRegistry:
             raise GuestBusyError(f"migration {migration_id!r} has ended at the destination", holder=holder)
         raise _unknown(migration_id)
 
+    def _policy_of(self, order: str) -> type[Policy] | None:
+        try:
+            return self._orders.find(order)
+        except UnsupportedHostError as error:
+            error.holder = GuestHolder.SOURCE
+            raise
+
+    def _policy_again(self, entry: saved.SavedMigration) -> type[Policy] | None:
+        """The policy of a guest that runs here already: it does without one that this daemon does not have."""
+        try:
+            return self._orders.find(entry.destination.order)
+        except UnsupportedHostError as error:
+            _log.warning("%s; pages of migration %s come in ascending order", error, entry.migration_id)
+            return None
+
     def _build_twin(self, description: types.GuestDescription, migration_id: str) -> Twin:
         return self._twin_of(self._guests.create_incoming(description, migration_id))
 
@@ -506,6 +533,7 @@ class MigrationRegistry:
             self._journal,
             self._fetcher_of,
             twin=self._twin_of(guest),
+            policy=self._policy_again(entry),
         )
         with self._lock:
             self._destinations[entry.migration_id] = session

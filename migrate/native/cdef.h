@@ -60,7 +60,17 @@ struct mig_fault_record {
     uint32_t kind;
 };
 struct mig_pager;
-enum mig_order_kind { MIG_ORDER_PRECOPY, MIG_ORDER_FOLLOW, MIG_ORDER_BUBBLE };
+enum mig_order_kind { MIG_ORDER_PRECOPY, MIG_ORDER_FOLLOW, MIG_ORDER_BUBBLE, MIG_ORDER_SUGGESTED };
+enum { MIG_ORDER_SUGGESTIONS, MIG_ORDER_HOLD_US_MAX, ... };
+struct mig_page_run {
+    uint64_t first_page, count_pages;
+};
+struct mig_fault_note {
+    uint64_t page;
+    uint64_t event_ns;
+    uint32_t thread_id;
+    uint32_t was_requested;
+};
 int mig_pager_create(int uffd, uint64_t region_hva, uint64_t pages, enum mig_order_kind order, struct mig_pager **ret);
 void mig_pager_destroy(struct mig_pager *pager);
 void mig_pager_stop(struct mig_pager *pager);
@@ -75,6 +85,10 @@ void mig_pager_note_sent(struct mig_pager *pager, uint64_t sent_ns);
 void mig_pager_note_read(struct mig_pager *pager, uint64_t first_page, uint64_t count_pages, uint64_t read_ns);
 int mig_pager_give_back(struct mig_pager *pager, uint64_t first_page, uint64_t count_pages);
 uint32_t mig_pager_claim_run(struct mig_pager *pager, uint32_t max_pages, uint64_t *ret_first_page);
+int mig_pager_wait_faults(struct mig_pager *pager, struct mig_fault_note *notes, uint32_t max_notes,
+                          uint64_t timeout_us, uint64_t *ret_lost, uint32_t *ret_queued);
+int mig_pager_suggest(struct mig_pager *pager, const struct mig_page_run *runs, uint32_t count, uint64_t hold_us);
+uint64_t mig_pager_held_ns(struct mig_pager *pager);
 int mig_pager_place_data(struct mig_pager *pager, uint64_t generation, uint64_t first_page, uint64_t count_pages,
                          const void *data, enum mig_page_kind kind, bool verify, uint64_t digest);
 int mig_pager_place_zero(struct mig_pager *pager, uint64_t generation, uint64_t first_page, uint64_t count_pages);
@@ -91,6 +105,7 @@ struct mig_bitmap {
     uint64_t *words;
     uint64_t bits;
 };
+const struct mig_bitmap *mig_pager_missing(const struct mig_pager *pager);
 int mig_bitmap_init(struct mig_bitmap *bitmap, uint64_t bits);
 void mig_bitmap_deinit(struct mig_bitmap *bitmap);
 uint64_t mig_bitmap_set_range(struct mig_bitmap *bitmap, uint64_t first, uint64_t count);
@@ -107,7 +122,9 @@ struct mig_order {
 void mig_order_on_fault(struct mig_order *order, uint64_t page);
 void mig_order_on_more(struct mig_order *order, uint64_t first_page);
 uint32_t mig_order_next(struct mig_order *order, const struct mig_bitmap *missing, const struct mig_bitmap *requested,
-                        uint32_t max_pages, uint64_t *ret_first_page);
+                        uint32_t max_pages, uint64_t now_ns, uint64_t *ret_first_page);
+bool mig_order_suggest(struct mig_order *order, struct mig_page_run run);
+void mig_order_hold(struct mig_order *order, uint64_t now_ns, uint64_t hold_us);
 
 /* ---- other processes: inject.h, dirty_scan.h ---- */
 enum mig_inject_outcome {

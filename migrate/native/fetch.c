@@ -198,7 +198,7 @@ static void *urgent_thread(void *argument)
 
 /* ---- the background thread ---- */
 
-/* Fills the window. Returns how long to wait for the cap, 0 if it is not what holds us. */
+/* Fills the window. Returns how long to wait for the cap or a policy's hold, 0 if neither is what holds us. */
 static uint64_t ask_background(struct mig_fetch *fetch, uint64_t now_ns, uint64_t *cap_free_ns)
 {
     struct mig_link *link = &fetch->background;
@@ -213,7 +213,7 @@ static uint64_t ask_background(struct mig_fetch *fetch, uint64_t now_ns, uint64_
             break;
         const uint32_t count_pages = mig_pager_claim_run(fetch->pager, fetch->window.run_pages, &first_page);
         if (!count_pages)
-            break;
+            return mig_pager_held_ns(fetch->pager);
         if (!mig_link_ask(link, first_page, count_pages, now_ns)) {
             mig_pager_give_back(fetch->pager, first_page, count_pages);
             break;
@@ -260,7 +260,7 @@ static void *background_thread(void *argument)
     while (!is_stopping(fetch) && link->state != MIG_LINK_DONE && link->state != MIG_LINK_FAILED) {
         const uint64_t now_ns = mig_now_ns();
         tick(fetch, now_ns);
-        const uint64_t cap_ns = ask_background(fetch, now_ns, &cap_free_ns);
+        const uint64_t held_ns = ask_background(fetch, now_ns, &cap_free_ns);
         mig_link_step(link, false, now_ns); /* writes */
         end_if_complete(link, now_ns);
         const bool is_busy = link->order.count != 0;
@@ -273,7 +273,7 @@ static void *background_thread(void *argument)
         bool has_fault;
         const uint64_t patience_ns = mig_link_patience_ns(link, now_ns);
         if ((link->h2 && mig_h2_has_more(link->h2)) ||
-            wait_for_work(link, -1, cap_ns ? mig_smaller(cap_ns, patience_ns) : patience_ns, &has_fault))
+            wait_for_work(link, -1, held_ns ? mig_smaller(held_ns, patience_ns) : patience_ns, &has_fault))
             mig_link_step(link, true, mig_now_ns());
     }
     __atomic_store_n(&fetch->is_background_busy, false, __ATOMIC_RELAXED);

@@ -30,7 +30,7 @@ void mig_order_on_fault(struct mig_order *order, uint64_t page)
 void mig_order_on_more(struct mig_order *order, uint64_t first_page)
 {
     order->is_exhausted = false;
-    if (order->kind == MIG_ORDER_PRECOPY && first_page < order->cursor)
+    if ((order->kind == MIG_ORDER_PRECOPY || order->kind == MIG_ORDER_SUGGESTED) && first_page < order->cursor)
         order->cursor = first_page;
 }
 
@@ -92,13 +92,54 @@ static uint32_t next_of_bubbles(struct mig_order *order, const struct mig_bitmap
     return 0;
 }
 
+bool mig_order_suggest(struct mig_order *order, struct mig_page_run run)
+{
+    struct mig_page_run *last = &order->suggestions[(order->suggestion_tail - 1) % MIG_ORDER_SUGGESTIONS];
+
+    if (mig_order_suggested(order) && last->first_page + last->count_pages == run.first_page) {
+        last->count_pages += run.count_pages; /* one request, if it fits */
+        return true;
+    }
+    if (mig_order_suggested(order) == MIG_ORDER_SUGGESTIONS)
+        return false;
+    order->suggestions[order->suggestion_tail++ % MIG_ORDER_SUGGESTIONS] = run;
+    return true;
+}
+
+void mig_order_hold(struct mig_order *order, uint64_t now_ns, uint64_t hold_us)
+{
+    order->hold_until_ns = hold_us ? now_ns + mig_smaller(hold_us, MIG_ORDER_HOLD_US_MAX) * 1000 : 0;
+}
+
+static uint32_t next_of_suggestions(struct mig_order *order, const struct mig_bitmap *missing,
+                                    const struct mig_bitmap *requested, uint32_t max_pages, uint64_t *ret_first_page)
+{
+    for (; mig_order_suggested(order); order->suggestion_head++) {
+        struct mig_page_run *run = &order->suggestions[order->suggestion_head % MIG_ORDER_SUGGESTIONS];
+        const uint64_t end = run->first_page + run->count_pages;
+        /* A search that ends with the run: the queue is long, the region longer, and faults wait for the mutex. */
+        const struct mig_bitmap within = {missing->words, mig_smaller(end, missing->bits)};
+        const uint64_t page = mig_bitmap_next_set_without(&within, requested, run->first_page);
+        if (page >= within.bits)
+            continue;
+        const uint32_t count = run_at(&within, requested, page, mig_smaller(within.bits, page + max_pages));
+        *run = (struct mig_page_run){page + count, end - page - count};
+        order->suggestion_head += !run->count_pages;
+        *ret_first_page = page;
+        return count;
+    }
+    return 0;
+}
+
 uint32_t mig_order_next(struct mig_order *order, const struct mig_bitmap *missing, const struct mig_bitmap *requested,
-                        uint32_t max_pages, uint64_t *ret_first_page)
+                        uint32_t max_pages, uint64_t now_ns, uint64_t *ret_first_page)
 {
     if (order->is_exhausted)
         return 0;
     uint32_t count = next_of_bubbles(order, missing, requested, max_pages, ret_first_page);
-    if (count)
+    if (!count)
+        count = next_of_suggestions(order, missing, requested, max_pages, ret_first_page);
+    if (count || mig_order_held_ns(order, now_ns))
         return count;
     uint64_t page = mig_bitmap_next_set_without(missing, requested, order->cursor);
     if (page == missing->bits)

@@ -83,6 +83,7 @@ static void wake_all(struct mig_pager *pager)
 {
     pthread_cond_broadcast(&pager->faulted);
     pthread_cond_broadcast(&pager->settled);
+    pthread_cond_broadcast(&pager->noted);
 }
 
 uint64_t mig_no_longer_missing(struct mig_pager *pager, uint64_t first, uint64_t count)
@@ -105,14 +106,12 @@ void mig_pager_fail(struct mig_pager *pager, int error)
     pthread_mutex_unlock(&pager->mutex);
 }
 
-/* What a waiting call must answer at once, 0 if it may wait. */
-static int verdict(const struct mig_pager *pager)
+int mig_verdict(const struct mig_pager *pager)
 {
     return pager->error ? pager->error : pager->stopped ? -ECANCELED : 0;
 }
 
-/* Waits for a condition until deadline_ns, then returns false. */
-static bool wait_until(struct mig_pager *pager, pthread_cond_t *condition, uint64_t deadline_ns)
+bool mig_wait_until(struct mig_pager *pager, pthread_cond_t *condition, uint64_t deadline_ns)
 {
     const struct timespec deadline = {
         .tv_sec = (time_t)(deadline_ns / 1000000000u),
@@ -129,6 +128,11 @@ static int init_maps(struct mig_pager *pager, uint64_t pages)
     if (!pager->records || mig_bitmap_init(&pager->missing, pages) || mig_bitmap_init(&pager->requested, pages) ||
         mig_bitmap_init(&pager->known_zero, pages))
         return -ENOMEM;
+    if (pager->order.kind == MIG_ORDER_SUGGESTED) {
+        pager->notes = malloc(MIG_NOTE_RING * sizeof(*pager->notes));
+        if (!pager->notes)
+            return -ENOMEM;
+    }
     pager->counters.total_pages = pages;
     pager->counters.missing_pages = mig_bitmap_set_range(&pager->missing, 0, pages);
     return 0;
@@ -145,11 +149,13 @@ static void free_pager(struct mig_pager *pager)
     mig_bitmap_deinit(&pager->deferred);
     pthread_cond_destroy(&pager->faulted);
     pthread_cond_destroy(&pager->settled);
+    pthread_cond_destroy(&pager->noted);
     pthread_mutex_destroy(&pager->mutex);
     pthread_mutex_destroy(&pager->precopy_mutex);
     free(pager->urgent);
     free(pager->waiters);
     free(pager->records);
+    free(pager->notes);
     free(pager);
 }
 
@@ -163,6 +169,7 @@ int mig_pager_create(int uffd, uint64_t region_hva, uint64_t pages, enum mig_ord
     pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
     pthread_cond_init(&pager->faulted, &attributes);
     pthread_cond_init(&pager->settled, &attributes);
+    pthread_cond_init(&pager->noted, &attributes);
     pthread_condattr_destroy(&attributes);
     pthread_mutex_init(&pager->mutex, NULL);
     pthread_mutex_init(&pager->precopy_mutex, NULL);
@@ -235,10 +242,10 @@ int mig_pager_claim_urgent(struct mig_pager *pager, uint64_t *pages, uint32_t ma
     int rc;
 
     pthread_mutex_lock(&pager->mutex);
-    while (!(rc = verdict(pager)) && pager->urgent_head == pager->urgent_tail) {
+    while (!(rc = mig_verdict(pager)) && pager->urgent_head == pager->urgent_tail) {
         if (mig_pager_is_complete(pager))
             rc = -ECANCELED;
-        if (rc || !wait_until(pager, &pager->faulted, deadline_ns))
+        if (rc || !mig_wait_until(pager, &pager->faulted, deadline_ns))
             break;
     }
     if (rc >= 0)
@@ -300,7 +307,7 @@ uint32_t mig_pager_claim_run(struct mig_pager *pager, uint32_t max_pages, uint64
 {
     *ret_first_page = 0;
     pthread_mutex_lock(&pager->mutex);
-    const uint32_t count = mig_order_next(&pager->order, &pager->missing, &pager->requested, max_pages, ret_first_page);
+    const uint32_t count = mig_next_run(pager, max_pages, ret_first_page);
     mig_bitmap_set_range(&pager->requested, *ret_first_page, count);
     pthread_mutex_unlock(&pager->mutex);
     return count;
@@ -315,8 +322,8 @@ int mig_pager_wait_done(struct mig_pager *pager, uint64_t timeout_us)
 
     pthread_mutex_lock(&pager->mutex);
     const struct mig_pager_counters *counters = &pager->counters;
-    while (!(rc = verdict(pager)) && counters->missing_pages != counters->deferred_pages &&
-           wait_until(pager, &pager->settled, deadline_ns))
+    while (!(rc = mig_verdict(pager)) && counters->missing_pages != counters->deferred_pages &&
+           mig_wait_until(pager, &pager->settled, deadline_ns))
         ;
     if (!rc)
         rc = counters->missing_pages == counters->deferred_pages;

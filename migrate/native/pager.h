@@ -16,6 +16,9 @@
  * so that a missing page is always a hole. A round of the dirty log has a number, the generation; a reply says in which
  * generation its bytes were read, and a page that was ever invalidated takes none from before the latest.
  *
+ * A policy may name pages that are to come first (order.h, MIG_ORDER_SUGGESTED). It runs in a thread beside: faults are
+ * noted for it, and nothing waits for what it says.
+ *
  * All functions are thread-safe. None is called with, or takes, Python's GIL.
  */
 #ifndef MIG_PAGER_H
@@ -62,6 +65,15 @@ struct mig_fault_record {
     uint32_t kind; /* enum mig_page_kind: what brought the page */
 };
 _Static_assert(sizeof(struct mig_fault_record) == 64, "records travel as eight words (TracePart.faults)");
+
+/* A fault on a missing page, as a policy hears of it. */
+struct mig_fault_note {
+    uint64_t page;
+    uint64_t event_ns; /* CLOCK_MONOTONIC: read from the userfaultfd */
+    uint32_t thread_id;
+    uint32_t was_requested; /* somebody had asked for the page */
+};
+_Static_assert(sizeof(struct mig_fault_note) == 24, "Python reads notes as three words");
 
 struct mig_pager;
 
@@ -136,6 +148,30 @@ int mig_pager_give_back(struct mig_pager *pager, uint64_t first_page, uint64_t c
 
 /** Claim the next run, by the pager's order, of missing pages that nobody has asked for: its length, 0 for none. */
 uint32_t mig_pager_claim_run(struct mig_pager *pager, uint32_t max_pages, uint64_t *ret_first_page);
+
+/* ---- a policy: of order MIG_ORDER_SUGGESTED alone; pager_policy.c ---- */
+
+/**
+ * Wait for faults on missing pages, or until few suggestions are left. The latest few thousand are kept, and *ret_lost
+ * is how many were dropped to make room since the last call. *ret_queued is how many suggested runs are left.
+ * Returns how many were written to `notes`, -ECANCELED once stopped or done, or the fault thread's error.
+ */
+int mig_pager_wait_faults(struct mig_pager *pager, struct mig_fault_note *notes, uint32_t max_notes,
+                          uint64_t timeout_us, uint64_t *ret_lost, uint32_t *ret_queued);
+
+/**
+ * These runs are asked for next, after those suggested before; of each, what is missing then and was not asked for.
+ * All other pages wait for hold_us, a second at most, from now on. Whoever fetches must be woken afterwards.
+ * Those that find no room in the queue of MIG_ORDER_SUGGESTIONS are dropped.
+ * Returns 0, or -EINVAL if a run does not lie within the region: then nothing was changed.
+ */
+int mig_pager_suggest(struct mig_pager *pager, const struct mig_page_run *runs, uint32_t count, uint64_t hold_us);
+
+/** How long mig_pager_claim_run keeps back what no policy has named; 0 if it does not. */
+uint64_t mig_pager_held_ns(struct mig_pager *pager);
+
+/** The pages that are missing. Read like the counters, without a lock. */
+const struct mig_bitmap *mig_pager_missing(const struct mig_pager *pager);
 
 /**
  * Place a run of data that was read in a generation. With `verify`, its digest is compared before any page is placed.

@@ -1,19 +1,26 @@
 """The destination's data path: fault thread, missing bitmap, placement. All work is done in C with the GIL dropped."""
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 from migrate.errors import GuestLostError, IntegrityError, RemoteProtocolError, UffdError
 from migrate.native._native import ffi, lib
+from migrate.native.bitmap import MissingView
 
 _CLAIM_MAX = 256
 _DRAIN_MAX = 4096
 _RECORD_BYTES = 64
 _RECORD_WORDS = _RECORD_BYTES // 8
 _EVENT, _PLACED, _KIND = 1, 6, 7
+_NOTES_MAX = 1024
+
+SUGGESTIONS_MAX: int = lib.MIG_ORDER_SUGGESTIONS
+"""Runs that a policy may have in the queue."""
+HOLD_MAX_US: int = lib.MIG_ORDER_HOLD_US_MAX
+"""How long a policy may keep back what it has not named, before it must say so again."""
 
 
 class PageKind(IntEnum):
@@ -104,12 +111,27 @@ class FaultBatch:
         return [(placed - event) / 1000 for event, placed, last in zip(*columns, strict=True) if last >> 32 != _PRESENT]
 
 
+class FaultNotes(NamedTuple):
+    """What a policy hears.
+
+    Attributes:
+        faults: For each its page, event_ns, thread_id, and whether the page had been asked for.
+        lost: Faults that were dropped since the last call, because nobody took them.
+        queued: Runs that were suggested and have not been used up.
+    """
+
+    faults: list[tuple[int, int, int, bool]]
+    lost: int
+    queued: int
+
+
 class Order(IntEnum):
     """In which order the background asks (native/order.h). Values equal enum mig_order_kind."""
 
     PRECOPY = 0
     FOLLOW = 1
     BUBBLE = 2
+    SUGGESTED = 3
 
 
 class PagerStoppedError(Exception):
@@ -132,6 +154,7 @@ class Pager:
         ret = ffi.new("struct mig_pager **")
         _check("make a pager", lib.mig_pager_create(uffd, region_hva, pages, order, ret))
         self._pager = ret[0]
+        self._notes: Any = ffi.new("struct mig_fault_note[]", _NOTES_MAX) if order is Order.SUGGESTED else None
         self._records: Any = ffi.new("struct mig_fault_record[]", _DRAIN_MAX)
         self.pages = pages
 
@@ -248,6 +271,48 @@ class Pager:
             GuestLostError: the guest process is gone.
         """
         _check_run(first_page, count_pages, lib.mig_pager_place_zero(self._pager, generation, first_page, count_pages))
+
+    # ---- a policy: of order SUGGESTED alone ----
+
+    def wait_faults(self, timeout_us: int) -> FaultNotes:
+        """Wait for faults on missing pages, or until few suggestions are left. For one thread alone.
+
+        Raises:
+            PagerStoppedError: stopped, or nothing is missing.
+            UffdError: faults are read no longer.
+        """
+        lost, queued = ffi.new("uint64_t *"), ffi.new("uint32_t *")
+        rc = lib.mig_pager_wait_faults(self._pager, self._notes, _NOTES_MAX, timeout_us, lost, queued)
+        notes = self._notes[0 : _check("read page faults", rc)]
+        faults = [(note.page, note.event_ns, note.thread_id, bool(note.was_requested)) for note in notes]
+        return FaultNotes(faults, lost[0], queued[0])
+
+    def suggest(self, runs: Sequence[tuple[int, int]], hold_us: int = 0) -> None:
+        """Have these runs, (first page, pages), asked for next, and all else kept back for a while.
+
+        Whoever fetches must be woken afterwards.
+
+        Args:
+            runs: What of each is missing and has not been asked for when its turn comes. Those that find no room among
+                SUGGESTIONS_MAX are dropped.
+            hold_us: From now on; HOLD_MAX_US at most.
+
+        Raises:
+            UffdError: a run does not lie within the region; none was taken.
+        """
+        given = ffi.new("struct mig_page_run[]", runs)
+        _check("suggest pages", lib.mig_pager_suggest(self._pager, given, len(runs), hold_us))
+
+    @property
+    def held_s(self) -> float:
+        """How long `claim_run` keeps back what no policy has named; 0 if it does not."""
+        held_ns: int = lib.mig_pager_held_ns(self._pager)
+        return held_ns / 1e9
+
+    @property
+    def missing(self) -> MissingView:
+        """The pages that are missing, until the pager is closed."""
+        return MissingView(lib.mig_pager_missing(self._pager))
 
     # ---- when something went away ----
 

@@ -10,6 +10,19 @@ enum { EVENT_BATCH = 64 };
 
 enum fault_action { FAULT_WAITS, FAULT_PLACE_ZERO, FAULT_WAKE, FAULT_LOST };
 
+/* Under the mutex. Unless somebody has asked for the page, it is urgent. */
+static int claim_fault(struct mig_pager *pager, const struct waiter *waiter)
+{
+    const bool was_requested = !mig_bitmap_set_range(&pager->requested, waiter->page, 1);
+
+    mig_note_fault(pager, waiter, was_requested);
+    if (was_requested)
+        return 0;
+    mig_order_on_fault(&pager->order, waiter->page);
+    pthread_cond_broadcast(&pager->faulted);
+    return mig_push_urgent(pager, waiter->page);
+}
+
 static int on_fault(struct mig_pager *pager, const struct waiter *waiter, enum fault_action *ret)
 {
     int rc = 0;
@@ -21,11 +34,8 @@ static int on_fault(struct mig_pager *pager, const struct waiter *waiter, enum f
     } else if (mig_bitmap_test(&pager->missing, waiter->page)) {
         *ret = FAULT_WAITS;
         rc = mig_add_waiter(pager, waiter);
-        if (rc == 0 && mig_bitmap_set_range(&pager->requested, waiter->page, 1)) {
-            rc = mig_push_urgent(pager, waiter->page);
-            mig_order_on_fault(&pager->order, waiter->page);
-            pthread_cond_broadcast(&pager->faulted);
-        }
+        if (rc == 0)
+            rc = claim_fault(pager, waiter);
     } else {
         *ret = mig_bitmap_test(&pager->known_zero, waiter->page) ? FAULT_PLACE_ZERO : FAULT_WAKE;
     }

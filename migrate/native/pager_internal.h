@@ -1,6 +1,7 @@
 /*
  * What the parts of the pager share: pager.c (state, claims), pager_faults.c (events), pager_place.c (placement),
- * pager_precopy.c (before the guest lives here), pager_recovery.c (after a daemon, a fetch or the source went away).
+ * pager_precopy.c (before the guest lives here), pager_recovery.c (after a daemon, a fetch or the source went away),
+ * pager_policy.c (for a policy that runs beside).
  */
 #ifndef MIG_PAGER_INTERNAL_H
 #define MIG_PAGER_INTERNAL_H
@@ -11,7 +12,7 @@
 #include "pager.h"
 #include "units.h"
 
-enum { MIG_RECORD_RING = 1 << 16 };
+enum { MIG_RECORD_RING = 1 << 16, MIG_NOTE_RING = 1 << 12 };
 
 /* A fault whose page has not come. */
 struct waiter {
@@ -40,6 +41,7 @@ struct mig_pager {
     /* Two, for a fault must not wake whoever waits for the end. */
     pthread_cond_t faulted; /* the urgent queue has grown */
     pthread_cond_t settled; /* no page is missing */
+    pthread_cond_t noted;   /* for a policy: a fault, or few suggestions are left */
     bool stopped;
     int error; /* what ended the reading of faults: -errno, or 0 */
     struct mig_bitmap missing;
@@ -51,6 +53,9 @@ struct mig_pager {
     bool is_lost;                  /* what is missing will never come */
     struct mig_bitmap deferred;    /* missing, and counted as requested so that nobody asks for them */
     struct mig_order order;
+    struct mig_fault_note *notes; /* a ring, for a policy; NULL if there is none */
+    uint64_t note_head, note_tail, lost_notes;
+    bool wants_runs;  /* of the policy */
     uint64_t *urgent; /* claimed by a fault, not yet taken: a stack would starve, so a queue */
     uint64_t urgent_head, urgent_tail, urgent_capacity;
     struct waiter *waiters;
@@ -79,6 +84,11 @@ int mig_precopy_data(struct mig_pager *pager, uint64_t generation, uint64_t firs
 void mig_count_present(struct mig_pager *pager, uint64_t first, uint64_t count, enum mig_page_kind kind,
                        uint64_t replied_ns, const uint64_t *page_digests);
 
+/** Waits for a condition until deadline_ns, then returns false. Under the mutex. */
+bool mig_wait_until(struct mig_pager *pager, pthread_cond_t *condition, uint64_t deadline_ns);
+/** What a waiting call must answer at once, 0 if it may wait. Under the mutex. */
+int mig_verdict(const struct mig_pager *pager);
+
 /** Faults can be read no longer: every waiting call returns the error. */
 void mig_pager_fail(struct mig_pager *pager, int error);
 
@@ -90,6 +100,10 @@ void mig_record_fault(struct mig_pager *pager, const struct waiter *waiter, uint
 void mig_settle_waiters(struct mig_pager *pager, uint64_t first, uint64_t count, uint64_t replied_ns, uint32_t kind);
 int mig_add_waiter(struct mig_pager *pager, const struct waiter *waiter);
 int mig_push_urgent(struct mig_pager *pager, uint64_t page);
+/** Tells the policy, if there is one. */
+void mig_note_fault(struct mig_pager *pager, const struct waiter *waiter, bool was_requested);
+/** The order's next run; has the policy told once it has few left. */
+uint32_t mig_next_run(struct mig_pager *pager, uint32_t max_pages, uint64_t *ret_first_page);
 /** Takes pages off the missing bitmap; returns how many were on it. */
 uint64_t mig_no_longer_missing(struct mig_pager *pager, uint64_t first, uint64_t count);
 

@@ -201,7 +201,7 @@ class GrpcioFetcher:
                     return
             if run is None:
                 window.release()
-                self._woken.wait(1)  # every reply, and every invalidation, ends it
+                self._woken.wait(pager.held_s or 1)  # every reply, suggestion and invalidation ends it
                 continue
             first_page, count_pages = run
             if self._stopping.wait(self._pacer.delay_s(pages_to_bytes(count_pages))):

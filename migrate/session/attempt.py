@@ -141,6 +141,7 @@ class Attempt:
                     deadline_us=request.deadline_us,
                     on_deadline=request.on_deadline,
                     trace=request.trace,
+                    recorded_pages=request.recorded_pages,
                 )
             )
         compression = types.PAGE_COMPRESSION_NONE

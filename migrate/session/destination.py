@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 
 from migrate.barriers import Point, reach
-from migrate.config import PEER_TIMEOUT_DEFAULT_US, SWITCHOVER_DEADLINE_S, Endpoint
+from migrate.config import ORDERS, PEER_TIMEOUT_DEFAULT_US, SWITCHOVER_DEADLINE_S, Endpoint
 from migrate.errors import (
     LOST_REMEDY,
     AttemptLostError,
@@ -26,10 +26,12 @@ from migrate.errors import (
 from migrate.native.compression import Compression
 from migrate.native.pager import Order, Pager, PagerStoppedError
 from migrate.pager.fetcher import FetchTerms, make_fetcher
+from migrate.pager.policy import Policy
 from migrate.session import figures
 from migrate.session.arrival import Arrival, SourceLink, Twin
 from migrate.session.ledger import Ledger
 from migrate.session.page_flow import FetcherOf, PageFlow
+from migrate.session.policy_thread import PolicyThread
 from migrate.session.ports import Journal, PeerOf
 from migrate.session.record import MigrationRecord, nothing_to_recover
 from migrate.session.refusals import as_lost_attempt, why_not_prepared, why_not_running
@@ -63,6 +65,7 @@ class DestinationSession:
         journal: Where the entry is written.
         fetcher_of: Makes what fetches the pages.
         twin: The guest that runs here already.
+        policy: Names the pages to fetch first, once the guest is about to run here; None goes by the entry's order.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class DestinationSession:
         journal: Journal,
         fetcher_of: FetcherOf = make_fetcher,
         twin: Twin | None = None,
+        policy: type[Policy] | None = None,
     ) -> None:
         self._saved = incoming = entry.destination
         incoming.peer_timeout_us = incoming.peer_timeout_us or PEER_TIMEOUT_DEFAULT_US
@@ -85,6 +89,7 @@ class DestinationSession:
         self._build_twin = build_twin
         self._clock = clock
         self._twin = twin
+        self._policy = policy
         self._is_taken_up = twin is not None
         self._built = threading.Event()  # or not, but it is tried no more
         if twin is not None:
@@ -352,14 +357,24 @@ class DestinationSession:
     def _arm(self, twin: Twin) -> Pager:
         uffd, region_hva = twin.guest.arm()
         try:
-            pager = Pager(
-                uffd, region_hva[0], bytes_to_pages(self._spec.memory_bytes), Order[self._saved.order.upper()]
-            )
+            pager = Pager(uffd, region_hva[0], bytes_to_pages(self._spec.memory_bytes), self._order())
         except MigrateError:
             os.close(uffd)
             raise
         self._flow.arm(pager)
         return pager
+
+    def _order(self) -> Order:
+        if self._policy is not None:
+            return Order.SUGGESTED
+        # A policy that a daemon before us had is missed by nobody.
+        return Order[self._saved.order.upper()] if self._saved.order in ORDERS else Order.PRECOPY
+
+    def _start_policy(self, pager: Pager) -> None:
+        if self._policy is not None:
+            PolicyThread(
+                self._flow, self._policy, pager.pages, self._saved.recorded_pages, self.record.migration_id
+            ).start()
 
     def _take_up(self) -> None:
         """The guest runs here, and a daemon before us served its faults: find out what is missing."""
@@ -369,6 +384,7 @@ class DestinationSession:
         # Known to nobody yet: no page is placed, and no fault read, before this is done.
         pager = self._arm(self._twin)
         pager.find_present(self._memfds[0])
+        self._start_policy(pager)
         self._arrival.recover_now()
 
     def _load(self, twin: Twin, request: transfer.SwitchoverRequest, started_us: int) -> tuple[int, int]:
@@ -380,6 +396,7 @@ class DestinationSession:
                 within_us = min(request.complete_within_us, int(SWITCHOVER_DEADLINE_S * 1_000_000))
                 self._await_last_round(pager, started_us + within_us)
             complete_us = self._clock.now_us()
+            self._start_policy(pager)
             pager.go_live()
             if self._trace is not None:
                 self._trace.add_bitmap("missing_at_switchover", pager.copy_map())

@@ -43,12 +43,20 @@ class Ledger:
         """
         with self.record.lock:
             self.entry.final.CopyFrom(self.record.foresee(event, error))
+            self._drop_recorded_pages()
             try:
                 self._journal.save(self.entry)
             except StateDirError:
                 self.entry.ClearField("final")
                 raise
             self.record.on(event, error)
+
+    def _drop_recorded_pages(self) -> None:
+        """They may be many, and no order goes by them any more."""
+        if self.entry.HasField("source"):
+            self.entry.source.request.ClearField("recorded_pages")
+        if self.entry.HasField("destination"):
+            self.entry.destination.ClearField("recorded_pages")
 
     def end_anyhow(self, event: Event, error: MigrateError | None = None) -> None:
         """Take a last step that has happened already, whether or not it can be written down.

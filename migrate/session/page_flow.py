@@ -6,12 +6,12 @@ takes over.
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from migrate.config import Endpoint
 from migrate.errors import ChannelError, MigrateError
-from migrate.native.pager import FaultBatch, Pager, PagerCounters
+from migrate.native.pager import FaultBatch, FaultNotes, Pager, PagerCounters, PagerStoppedError
 from migrate.pager.fetcher import Fetcher, FetchTerms
 from migrate.telemetry.clock import Clock
 
@@ -88,6 +88,27 @@ class PageFlow:
                 self._is_fetching = True
                 self._fetcher.start(pager)
 
+    def suggest(self, runs: Sequence[tuple[int, int]], hold_us: int) -> None:
+        """Have these runs asked for next, and all else kept back for a while (Pager.suggest).
+
+        Raises:
+            PagerStoppedError: the pager is closed.
+        """
+        with self.using_running() as pager:
+            pager.suggest(runs, hold_us)
+            with self._changed:  # so that it is the fetcher of now, which is not closed meanwhile
+                if self._is_fetching:
+                    self._fetcher.wake()
+
+    def wait_faults(self, timeout_us: int) -> FaultNotes:
+        """Wait for faults, for a policy (Pager.wait_faults).
+
+        Raises:
+            PagerStoppedError: the pager is stopped or closed, or nothing is missing.
+        """
+        with self.using_running() as pager:
+            return pager.wait_faults(timeout_us)
+
     def take_over(self, endpoint: Endpoint) -> None:
         """Have a new fetcher ask for everything that has not come, from where the pages are served now.
 
@@ -132,6 +153,18 @@ class PageFlow:
                 with self._changed:
                     self._users -= 1
                     self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def using_running(self) -> Iterator[Pager]:
+        """The same, for those who have nothing to do without a pager.
+
+        Raises:
+            PagerStoppedError: there is none any more.
+        """
+        with self.using() as pager:
+            if pager is None:
+                raise PagerStoppedError
+            yield pager
 
     def counters(self) -> PagerCounters | None:
         """How far the pages are; None if there is no pager any more."""

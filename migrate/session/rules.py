@@ -2,16 +2,30 @@
 
 import re
 import secrets
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from migrate.config import PEER_TIMEOUT_MAX_US, PEER_TIMEOUT_MIN_US, PROTOCOL_VERSION
-from migrate.errors import ConfigError, MissingFeatureError, NotEnoughMemoryError, PermissionDeniedError
-from migrate.units import PAGE_SIZE_BYTES, format_bytes, is_page_aligned
+from migrate.config import (
+    ORDERS,
+    PEER_TIMEOUT_MAX_US,
+    PEER_TIMEOUT_MIN_US,
+    PROTOCOL_VERSION,
+    RECORDED_PAGES_MAX,
+    check_order_word,
+)
+from migrate.errors import (
+    ConfigError,
+    GuestHolder,
+    MissingFeatureError,
+    NotEnoughMemoryError,
+    PermissionDeniedError,
+    UnsupportedHostError,
+)
+from migrate.units import PAGE_SIZE_BYTES, bytes_to_pages, format_bytes, is_page_aligned
 from migrate.v1 import transfer_service_pb2 as transfer
 from migrate.v1 import types_pb2 as types
 
 SUPPORTED_MODES = frozenset({types.MIGRATION_MODE_POSTCOPY, types.MIGRATION_MODE_HYBRID, types.MIGRATION_MODE_PRECOPY})
-SUPPORTED_ORDERS = ("precopy", "follow", "bubble")
 SUPPORTED_TRANSPORTS = frozenset({types.PAGE_TRANSPORT_NATIVE_GRPC, types.PAGE_TRANSPORT_GRPCIO})
 COMPRESSING_TRANSPORTS = frozenset({types.PAGE_TRANSPORT_NATIVE_GRPC})
 SUPPORTED_COMPRESSIONS = frozenset(
@@ -27,9 +41,15 @@ _ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 
 @dataclass(frozen=True, slots=True)
 class HostFacts:
-    """What the destination has to offer."""
+    """What the destination has to offer.
+
+    Attributes:
+        available_bytes: Memory.
+        orders: Of the background, as they may be asked for.
+    """
 
     available_bytes: int
+    orders: Collection[str] = tuple(ORDERS)
 
 
 def choose_transport(asked: int) -> "types.PageTransport.ValueType":
@@ -128,17 +148,42 @@ def check_token(token: str, known: str) -> None:
 
 
 def check_terms(mode: int, order: str) -> None:
-    """Whether a migration can be done in the way it is asked for; both sides ask.
+    """Whether a migration can be done in the way it is asked for; both sides ask. It knows no orders, only their words.
 
     Raises:
         ConfigError: not by this version.
     """
     if mode not in SUPPORTED_MODES:
         raise ConfigError("this version migrates in modes postcopy, hybrid and precopy")
-    if order not in SUPPORTED_ORDERS:
-        raise ConfigError(
-            f"{order[:80]!r} is no order of the background that this version knows: {', '.join(SUPPORTED_ORDERS)}"
-        )
+    check_order_word(order)
+
+
+def check_order(order: str, orders: Collection[str]) -> None:
+    """Whether a destination has an order of the background.
+
+    Raises:
+        UnsupportedHostError: it has not.
+    """
+    if order in orders:
+        return
+    remedy = "install its package at the destination and start the daemon there again"
+    if ":" in order:
+        remedy = f"start the destination's daemon with --policy {order}: it imports nothing that a peer names"
+    raise UnsupportedHostError(
+        f"the destination has no order {order!r}; it has {', '.join(orders)}", holder=GuestHolder.SOURCE, remedy=remedy
+    )
+
+
+def check_recorded_pages(recorded_pages: Sequence[int], region_pages: int) -> None:
+    """Whether pages that an earlier run faulted on can be those of a guest.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    if len(recorded_pages) > RECORDED_PAGES_MAX:
+        raise ConfigError(f"at most {RECORDED_PAGES_MAX} recorded pages can be given, not {len(recorded_pages)}")
+    if recorded_pages and max(recorded_pages) >= region_pages:
+        raise ConfigError(f"the guest has {region_pages} pages: page {max(recorded_pages)} was recorded of another one")
 
 
 def check_prepare(request: transfer.PrepareRequest, facts: HostFacts) -> None:
@@ -147,6 +192,7 @@ def check_prepare(request: transfer.PrepareRequest, facts: HostFacts) -> None:
     Raises:
         MissingFeatureError: protocol version or page size do not match.
         ConfigError: the description makes no sense.
+        UnsupportedHostError: there is no such order of the background here.
         NotEnoughMemoryError: what the guest occupies now does not fit.
     """
     if not PROTOCOL_VERSION - 1 <= request.protocol_version <= PROTOCOL_VERSION or request.protocol_version < 1:
@@ -179,6 +225,8 @@ def check_prepare(request: transfer.PrepareRequest, facts: HostFacts) -> None:
     if not 0 < region.size_bytes <= MEMORY_MAX_BYTES:
         raise ConfigError(f"{format_bytes(region.size_bytes)} is no size of a guest's memory")
     check_terms(request.mode, request.order)
+    check_order(request.order, facts.orders)
+    check_recorded_pages(request.recorded_pages, bytes_to_pages(region.size_bytes))
     check_peer_timeout(request.peer_timeout_us)
     if region.resident_bytes > facts.available_bytes:
         raise NotEnoughMemoryError(

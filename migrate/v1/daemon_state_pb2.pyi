@@ -3,8 +3,10 @@
 isort:skip_file
 What a daemon writes down, one file for each migration: no more than what cannot be had from the guest or the peer."""
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf.internal import containers as _containers
 from migrate.v1 import migration_service_pb2 as _migration_service_pb2
 from migrate.v1 import types_pb2 as _types_pb2
 import builtins as _builtins
@@ -129,6 +131,7 @@ class SavedDestination(_message.Message):
     ON_DEADLINE_FIELD_NUMBER: _builtins.int
     INSTANCE_FIELD_NUMBER: _builtins.int
     TRACE_FIELD_NUMBER: _builtins.int
+    RECORDED_PAGES_FIELD_NUMBER: _builtins.int
     guest: _builtins.str
     token: _builtins.str
     attempt: _builtins.int
@@ -152,6 +155,10 @@ class SavedDestination(_message.Message):
     instance: _builtins.str
     """Of the guest process; empty until there is one."""
     trace: _builtins.bool
+    @_builtins.property
+    def recorded_pages(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Gone once the migration has ended, as those of a SavedSource's request are."""
+
     def __init__(
         self,
         *,
@@ -175,10 +182,11 @@ class SavedDestination(_message.Message):
         on_deadline: _types_pb2.DeadlineAction.ValueType = ...,
         instance: _builtins.str = ...,
         trace: _builtins.bool = ...,
+        recorded_pages: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "compression", b"compression", "control_endpoint", b"control_endpoint", "deadline_us", b"deadline_us", "fenced_attempt", b"fenced_attempt", "guest", b"guest", "guest_touches", b"guest_touches", "instance", b"instance", "max_bandwidth_bytes_per_s", b"max_bandwidth_bytes_per_s", "may_run", b"may_run", "memory_digest", b"memory_digest", "mode", b"mode", "on_deadline", b"on_deadline", "order", b"order", "page_endpoint", b"page_endpoint", "peer_timeout_us", b"peer_timeout_us", "token", b"token", "trace", b"trace", "transport", b"transport", "verify", b"verify"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "compression", b"compression", "control_endpoint", b"control_endpoint", "deadline_us", b"deadline_us", "fenced_attempt", b"fenced_attempt", "guest", b"guest", "guest_touches", b"guest_touches", "instance", b"instance", "max_bandwidth_bytes_per_s", b"max_bandwidth_bytes_per_s", "may_run", b"may_run", "memory_digest", b"memory_digest", "mode", b"mode", "on_deadline", b"on_deadline", "order", b"order", "page_endpoint", b"page_endpoint", "peer_timeout_us", b"peer_timeout_us", "recorded_pages", b"recorded_pages", "token", b"token", "trace", b"trace", "transport", b"transport", "verify", b"verify"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

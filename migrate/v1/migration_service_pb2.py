@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from migrate.v1 import types_pb2 as migrate_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"migrate/v1/migration_service.proto\x12\nmigrate.v1\x1a\x16migrate/v1/types.proto\"\xbc\x03\n\x15StartMigrationRequest\x12\r\n\x05guest\x18\x01 \x01(\t\x12\n\n\x02to\x18\x02 \x01(\t\x12\'\n\x04mode\x18\x03 \x01(\x0e\x32\x19.migrate.v1.MigrationMode\x12\r\n\x05order\x18\x04 \x01(\t\x12,\n\ttransport\x18\x05 \x01(\x0e\x32\x19.migrate.v1.PageTransport\x12!\n\x19max_bandwidth_bytes_per_s\x18\x06 \x01(\x04\x12\x0e\n\x06verify\x18\x07 \x01(\x08\x12\x19\n\x11\x64owntime_limit_us\x18\x08 \x01(\x04\x12\x34\n\x11on_no_convergence\x18\t \x01(\x0e\x32\x19.migrate.v1.NoConvergence\x12\x30\n\x0b\x63ompression\x18\n \x01(\x0e\x32\x1b.migrate.v1.PageCompression\x12\x17\n\x0fpeer_timeout_us\x18\x0b \x01(\x04\x12\x13\n\x0b\x64\x65\x61\x64line_us\x18\x0c \x01(\x04\x12/\n\x0bon_deadline\x18\r \x01(\x0e\x32\x1a.migrate.v1.DeadlineAction\x12\r\n\x05trace\x18\x0e \x01(\x08\".\n\x16StartMigrationResponse\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\"+\n\x13GetMigrationRequest\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\"@\n\x14GetMigrationResponse\x12(\n\tmigration\x18\x01 \x01(\x0b\x32\x15.migrate.v1.Migration\"\x17\n\x15ListMigrationsRequest\"C\n\x16ListMigrationsResponse\x12)\n\nmigrations\x18\x01 \x03(\x0b\x32\x15.migrate.v1.Migration\";\n\x15WatchMigrationRequest\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\x12\x0c\n\x04live\x18\x02 \x01(\x08\"B\n\x16WatchMigrationResponse\x12(\n\tmigration\x18\x01 \x01(\x0b\x32\x15.migrate.v1.Migration\")\n\x11WatchTraceRequest\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\"9\n\x12WatchTraceResponse\x12#\n\x04part\x18\x01 \x01(\x0b\x32\x15.migrate.v1.TracePart\".\n\x16StartSwitchoverRequest\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\"\x19\n\x17StartSwitchoverResponse\".\n\x16\x43\x61ncelMigrationRequest\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\"C\n\x17\x43\x61ncelMigrationResponse\x12(\n\tmigration\x18\x01 \x01(\x0b\x32\x15.migrate.v1.Migration\";\n\x17RecoverMigrationRequest\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\x12\n\n\x02to\x18\x02 \x01(\t\"D\n\x18RecoverMigrationResponse\x12(\n\tmigration\x18\x01 \x01(\x0b\x32\x15.migrate.v1.Migration2\xd8\x05\n\x10MigrationService\x12W\n\x0eStartMigration\x12!.migrate.v1.StartMigrationRequest\x1a\".migrate.v1.StartMigrationResponse\x12Q\n\x0cGetMigration\x12\x1f.migrate.v1.GetMigrationRequest\x1a .migrate.v1.GetMigrationResponse\x12W\n\x0eListMigrations\x12!.migrate.v1.ListMigrationsRequest\x1a\".migrate.v1.ListMigrationsResponse\x12Y\n\x0eWatchMigration\x12!.migrate.v1.WatchMigrationRequest\x1a\".migrate.v1.WatchMigrationResponse0\x01\x12M\n\nWatchTrace\x12\x1d.migrate.v1.WatchTraceRequest\x1a\x1e.migrate.v1.WatchTraceResponse0\x01\x12Z\n\x0fStartSwitchover\x12\".migrate.v1.StartSwitchoverRequest\x1a#.migrate.v1.StartSwitchoverResponse\x12Z\n\x0f\x43\x61ncelMigration\x12\".migrate.v1.CancelMigrationRequest\x1a#.migrate.v1.CancelMigrationResponse\x12]\n\x10RecoverMigration\x12#.migrate.v1.RecoverMigrationRequest\x1a$.migrate.v1.RecoverMigrationResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"migrate/v1/migration_service.proto\x12\nmigrate.v1\x1a\x16migrate/v1/types.proto\"\xd4\x03\n\x15StartMigrationRequest\x12\r\n\x05guest\x18\x01 \x01(\t\x12\n\n\x02to\x18\x02 \x01(\t\x12\'\n\x04mode\x18\x03 \x01(\x0e\x32\x19.migrate.v1.MigrationMode\x12\r\n\x05order\x18\x04 \x01(\t\x12,\n\ttransport\x18\x05 \x01(\x0e\x32\x19.migrate.v1.PageTransport\x12!\n\x19max_bandwidth_bytes_per_s\x18\x06 \x01(\x04\x12\x0e\n\x06verify\x18\x07 \x01(\x08\x12\x19\n\x11\x64owntime_limit_us\x18\x08 \x01(\x04\x12\x34\n\x11on_no_convergence\x18\t \x01(\x0e\x32\x19.migrate.v1.NoConvergence\x12\x30\n\x0b\x63ompression\x18\n \x01(\x0e\x32\x1b.migrate.v1.PageCompression\x12\x17\n\x0fpeer_timeout_us\x18\x0b \x01(\x04\x12\x13\n\x0b\x64\x65\x61\x64line_us\x18\x0c \x01(\x04\x12/\n\x0bon_deadline\x18\r \x01(\x0e\x32\x1a.migrate.v1.DeadlineAction\x12\r\n\x05trace\x18\x0e \x01(\x08\x12\x16\n\x0erecorded_pages\x18\x0f \x03(\x04\".\n\x16StartMigrationResponse\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\"+\n\x13GetMigrationRequest\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\"@\n\x14GetMigrationResponse\x12(\n\tmigration\x18\x01 \x01(\x0b\x32\x15.migrate.v1.Migration\"\x17\n\x15ListMigrationsRequest\"C\n\x16ListMigrationsResponse\x12)\n\nmigrations\x18\x01 \x03(\x0b\x32\x15.migrate.v1.Migration\";\n\x15WatchMigrationRequest\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\x12\x0c\n\x04live\x18\x02 \x01(\x08\"B\n\x16WatchMigrationResponse\x12(\n\tmigration\x18\x01 \x01(\x0b\x32\x15.migrate.v1.Migration\")\n\x11WatchTraceRequest\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\"9\n\x12WatchTraceResponse\x12#\n\x04part\x18\x01 \x01(\x0b\x32\x15.migrate.v1.TracePart\".\n\x16StartSwitchoverRequest\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\"\x19\n\x17StartSwitchoverResponse\".\n\x16\x43\x61ncelMigrationRequest\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\"C\n\x17\x43\x61ncelMigrationResponse\x12(\n\tmigration\x18\x01 \x01(\x0b\x32\x15.migrate.v1.Migration\";\n\x17RecoverMigrationRequest\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\x12\n\n\x02to\x18\x02 \x01(\t\"D\n\x18RecoverMigrationResponse\x12(\n\tmigration\x18\x01 \x01(\x0b\x32\x15.migrate.v1.Migration2\xd8\x05\n\x10MigrationService\x12W\n\x0eStartMigration\x12!.migrate.v1.StartMigrationRequest\x1a\".migrate.v1.StartMigrationResponse\x12Q\n\x0cGetMigration\x12\x1f.migrate.v1.GetMigrationRequest\x1a .migrate.v1.GetMigrationResponse\x12W\n\x0eListMigrations\x12!.migrate.v1.ListMigrationsRequest\x1a\".migrate.v1.ListMigrationsResponse\x12Y\n\x0eWatchMigration\x12!.migrate.v1.WatchMigrationRequest\x1a\".migrate.v1.WatchMigrationResponse0\x01\x12M\n\nWatchTrace\x12\x1d.migrate.v1.WatchTraceRequest\x1a\x1e.migrate.v1.WatchTraceResponse0\x01\x12Z\n\x0fStartSwitchover\x12\".migrate.v1.StartSwitchoverRequest\x1a#.migrate.v1.StartSwitchoverResponse\x12Z\n\x0f\x43\x61ncelMigration\x12\".migrate.v1.CancelMigrationRequest\x1a#.migrate.v1.CancelMigrationResponse\x12]\n\x10RecoverMigration\x12#.migrate.v1.RecoverMigrationRequest\x1a$.migrate.v1.RecoverMigrationResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,37 +33,37 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'migrate.v1.migration_servic
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_STARTMIGRATIONREQUEST']._serialized_start=75
-  _globals['_STARTMIGRATIONREQUEST']._serialized_end=519
-  _globals['_STARTMIGRATIONRESPONSE']._serialized_start=521
-  _globals['_STARTMIGRATIONRESPONSE']._serialized_end=567
-  _globals['_GETMIGRATIONREQUEST']._serialized_start=569
-  _globals['_GETMIGRATIONREQUEST']._serialized_end=612
-  _globals['_GETMIGRATIONRESPONSE']._serialized_start=614
-  _globals['_GETMIGRATIONRESPONSE']._serialized_end=678
-  _globals['_LISTMIGRATIONSREQUEST']._serialized_start=680
-  _globals['_LISTMIGRATIONSREQUEST']._serialized_end=703
-  _globals['_LISTMIGRATIONSRESPONSE']._serialized_start=705
-  _globals['_LISTMIGRATIONSRESPONSE']._serialized_end=772
-  _globals['_WATCHMIGRATIONREQUEST']._serialized_start=774
-  _globals['_WATCHMIGRATIONREQUEST']._serialized_end=833
-  _globals['_WATCHMIGRATIONRESPONSE']._serialized_start=835
-  _globals['_WATCHMIGRATIONRESPONSE']._serialized_end=901
-  _globals['_WATCHTRACEREQUEST']._serialized_start=903
-  _globals['_WATCHTRACEREQUEST']._serialized_end=944
-  _globals['_WATCHTRACERESPONSE']._serialized_start=946
-  _globals['_WATCHTRACERESPONSE']._serialized_end=1003
-  _globals['_STARTSWITCHOVERREQUEST']._serialized_start=1005
-  _globals['_STARTSWITCHOVERREQUEST']._serialized_end=1051
-  _globals['_STARTSWITCHOVERRESPONSE']._serialized_start=1053
-  _globals['_STARTSWITCHOVERRESPONSE']._serialized_end=1078
-  _globals['_CANCELMIGRATIONREQUEST']._serialized_start=1080
-  _globals['_CANCELMIGRATIONREQUEST']._serialized_end=1126
-  _globals['_CANCELMIGRATIONRESPONSE']._serialized_start=1128
-  _globals['_CANCELMIGRATIONRESPONSE']._serialized_end=1195
-  _globals['_RECOVERMIGRATIONREQUEST']._serialized_start=1197
-  _globals['_RECOVERMIGRATIONREQUEST']._serialized_end=1256
-  _globals['_RECOVERMIGRATIONRESPONSE']._serialized_start=1258
-  _globals['_RECOVERMIGRATIONRESPONSE']._serialized_end=1326
-  _globals['_MIGRATIONSERVICE']._serialized_start=1329
-  _globals['_MIGRATIONSERVICE']._serialized_end=2057
+  _globals['_STARTMIGRATIONREQUEST']._serialized_end=543
+  _globals['_STARTMIGRATIONRESPONSE']._serialized_start=545
+  _globals['_STARTMIGRATIONRESPONSE']._serialized_end=591
+  _globals['_GETMIGRATIONREQUEST']._serialized_start=593
+  _globals['_GETMIGRATIONREQUEST']._serialized_end=636
+  _globals['_GETMIGRATIONRESPONSE']._serialized_start=638
+  _globals['_GETMIGRATIONRESPONSE']._serialized_end=702
+  _globals['_LISTMIGRATIONSREQUEST']._serialized_start=704
+  _globals['_LISTMIGRATIONSREQUEST']._serialized_end=727
+  _globals['_LISTMIGRATIONSRESPONSE']._serialized_start=729
+  _globals['_LISTMIGRATIONSRESPONSE']._serialized_end=796
+  _globals['_WATCHMIGRATIONREQUEST']._serialized_start=798
+  _globals['_WATCHMIGRATIONREQUEST']._serialized_end=857
+  _globals['_WATCHMIGRATIONRESPONSE']._serialized_start=859
+  _globals['_WATCHMIGRATIONRESPONSE']._serialized_end=925
+  _globals['_WATCHTRACEREQUEST']._serialized_start=927
+  _globals['_WATCHTRACEREQUEST']._serialized_end=968
+  _globals['_WATCHTRACERESPONSE']._serialized_start=970
+  _globals['_WATCHTRACERESPONSE']._serialized_end=1027
+  _globals['_STARTSWITCHOVERREQUEST']._serialized_start=1029
+  _globals['_STARTSWITCHOVERREQUEST']._serialized_end=1075
+  _globals['_STARTSWITCHOVERRESPONSE']._serialized_start=1077
+  _globals['_STARTSWITCHOVERRESPONSE']._serialized_end=1102
+  _globals['_CANCELMIGRATIONREQUEST']._serialized_start=1104
+  _globals['_CANCELMIGRATIONREQUEST']._serialized_end=1150
+  _globals['_CANCELMIGRATIONRESPONSE']._serialized_start=1152
+  _globals['_CANCELMIGRATIONRESPONSE']._serialized_end=1219
+  _globals['_RECOVERMIGRATIONREQUEST']._serialized_start=1221
+  _globals['_RECOVERMIGRATIONREQUEST']._serialized_end=1280
+  _globals['_RECOVERMIGRATIONRESPONSE']._serialized_start=1282
+  _globals['_RECOVERMIGRATIONRESPONSE']._serialized_end=1350
+  _globals['_MIGRATIONSERVICE']._serialized_start=1353
+  _globals['_MIGRATIONSERVICE']._serialized_end=2081
 # @@protoc_insertion_point(module_scope)

@@ -37,12 +37,13 @@ class StartMigrationRequest(_message.Message):
     DEADLINE_US_FIELD_NUMBER: _builtins.int
     ON_DEADLINE_FIELD_NUMBER: _builtins.int
     TRACE_FIELD_NUMBER: _builtins.int
+    RECORDED_PAGES_FIELD_NUMBER: _builtins.int
     guest: _builtins.str
     to: _builtins.str
     """Control address of the destination daemon, HOST:PORT."""
     mode: _types_pb2.MigrationMode.ValueType
     order: _builtins.str
-    """Order of the background; "precopy" is ascending."""
+    """Order of the background; "precopy" is ascending. The destination knows which there are."""
     transport: _types_pb2.PageTransport.ValueType
     max_bandwidth_bytes_per_s: _builtins.int
     verify: _builtins.bool
@@ -57,6 +58,10 @@ class StartMigrationRequest(_message.Message):
     on_deadline: _types_pb2.DeadlineAction.ValueType
     trace: _builtins.bool
     """Keep every fault for WatchTrace."""
+    @_builtins.property
+    def recorded_pages(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Pages that an earlier run of the guest faulted on, in that order: for an order that goes by them."""
+
     def __init__(
         self,
         *,
@@ -74,10 +79,11 @@ class StartMigrationRequest(_message.Message):
         deadline_us: _builtins.int = ...,
         on_deadline: _types_pb2.DeadlineAction.ValueType = ...,
         trace: _builtins.bool = ...,
+        recorded_pages: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compression", b"compression", "deadline_us", b"deadline_us", "downtime_limit_us", b"downtime_limit_us", "guest", b"guest", "max_bandwidth_bytes_per_s", b"max_bandwidth_bytes_per_s", "mode", b"mode", "on_deadline", b"on_deadline", "on_no_convergence", b"on_no_convergence", "order", b"order", "peer_timeout_us", b"peer_timeout_us", "to", b"to", "trace", b"trace", "transport", b"transport", "verify", b"verify"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compression", b"compression", "deadline_us", b"deadline_us", "downtime_limit_us", b"downtime_limit_us", "guest", b"guest", "max_bandwidth_bytes_per_s", b"max_bandwidth_bytes_per_s", "mode", b"mode", "on_deadline", b"on_deadline", "on_no_convergence", b"on_no_convergence", "order", b"order", "peer_timeout_us", b"peer_timeout_us", "recorded_pages", b"recorded_pages", "to", b"to", "trace", b"trace", "transport", b"transport", "verify", b"verify"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from migrate.v1 import types_pb2 as migrate_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!migrate/v1/transfer_service.proto\x12\nmigrate.v1\x1a\x16migrate/v1/types.proto\"\xf7\x03\n\x0ePrepareRequest\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\x12\x18\n\x10protocol_version\x18\x02 \x01(\r\x12+\n\x05guest\x18\x03 \x01(\x0b\x32\x1c.migrate.v1.GuestDescription\x12\x15\n\rpage_endpoint\x18\x04 \x01(\t\x12\x18\n\x10\x63ontrol_endpoint\x18\x05 \x01(\t\x12\r\n\x05token\x18\x06 \x01(\t\x12\'\n\x04mode\x18\x07 \x01(\x0e\x32\x19.migrate.v1.MigrationMode\x12\r\n\x05order\x18\x08 \x01(\t\x12,\n\ttransport\x18\t \x01(\x0e\x32\x19.migrate.v1.PageTransport\x12!\n\x19max_bandwidth_bytes_per_s\x18\n \x01(\x04\x12\x0e\n\x06verify\x18\x0b \x01(\x08\x12\x30\n\x0b\x63ompression\x18\x0c \x01(\x0e\x32\x1b.migrate.v1.PageCompression\x12\x0f\n\x07\x61ttempt\x18\r \x01(\r\x12\x17\n\x0fpeer_timeout_us\x18\x0e \x01(\x04\x12\x13\n\x0b\x64\x65\x61\x64line_us\x18\x0f \x01(\x04\x12/\n\x0bon_deadline\x18\x10 \x01(\x0e\x32\x1a.migrate.v1.DeadlineAction\x12\r\n\x05trace\x18\x11 \x01(\x08\"\x8b\x01\n\x0fPrepareResponse\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12,\n\ttransport\x18\x02 \x01(\x0e\x32\x19.migrate.v1.PageTransport\x12\x30\n\x0b\x63ompression\x18\x03 \x01(\x0e\x32\x1b.migrate.v1.PageCompression\"0\n\nStalePages\x12\x12\n\nfirst_page\x18\x01 \x01(\x04\x12\x0e\n\x06\x62itmap\x18\x02 \x01(\x0c\"\x84\x01\n\x11InvalidateRequest\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12%\n\x05stale\x18\x03 \x03(\x0b\x32\x16.migrate.v1.StalePages\x12\r\n\x05\x66\x65tch\x18\x04 \x01(\x08\x12\x0f\n\x07\x61ttempt\x18\x05 \x01(\r\"\x14\n\x12InvalidateResponse\"\x93\x01\n\x11SwitchoverRequest\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\x0c\x12\x15\n\rguest_touches\x18\x03 \x01(\x04\x12\x15\n\rmemory_digest\x18\x04 \x01(\x06\x12\x1a\n\x12\x63omplete_within_us\x18\x05 \x01(\x04\x12\x0f\n\x07\x61ttempt\x18\x06 \x01(\r\"U\n\x12SwitchoverResponse\x12\x15\n\rload_state_us\x18\x01 \x01(\x04\x12\x11\n\tresume_us\x18\x02 \x01(\x04\x12\x15\n\rlast_pages_us\x18\x03 \x01(\x04\"S\n\x12GetIncomingRequest\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\x12\x19\n\x11\x61wait_complete_us\x18\x02 \x01(\x04\x12\x0c\n\x04live\x18\x03 \x01(\x08\"?\n\x13GetIncomingResponse\x12(\n\tmigration\x18\x01 \x01(\x0b\x32\x15.migrate.v1.Migration\"`\n\x0f\x43ompleteRequest\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\x12\r\n\x05token\x18\x02 \x01(\t\x12(\n\tmigration\x18\x03 \x01(\x0b\x32\x15.migrate.v1.Migration\"\x12\n\x10\x43ompleteResponse\"^\n\x12RecordTraceRequest\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\x12\r\n\x05token\x18\x02 \x01(\t\x12#\n\x04part\x18\x03 \x01(\x0b\x32\x15.migrate.v1.TracePart\"\x15\n\x13RecordTraceResponse\"E\n\x0c\x41\x62ortRequest\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\"\x0f\n\rAbortResponse\"n\n\x16ResumeMigrationRequest\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\x12\r\n\x05token\x18\x02 \x01(\t\x12\x18\n\x10\x63ontrol_endpoint\x18\x03 \x01(\t\x12\x15\n\rpage_endpoint\x18\x04 \x01(\t\"Z\n\x17ResumeMigrationResponse\x12\x15\n\rpage_endpoint\x18\x01 \x01(\t\x12(\n\tmigration\x18\x02 \x01(\x0b\x32\x15.migrate.v1.Migration2\xf0\x04\n\x0fTransferService\x12\x42\n\x07Prepare\x12\x1a.migrate.v1.PrepareRequest\x1a\x1b.migrate.v1.PrepareResponse\x12K\n\nInvalidate\x12\x1d.migrate.v1.InvalidateRequest\x1a\x1e.migrate.v1.InvalidateResponse\x12K\n\nSwitchover\x12\x1d.migrate.v1.SwitchoverRequest\x1a\x1e.migrate.v1.SwitchoverResponse\x12N\n\x0bGetIncoming\x12\x1e.migrate.v1.GetIncomingRequest\x1a\x1f.migrate.v1.GetIncomingResponse\x12\x45\n\x08\x43omplete\x12\x1b.migrate.v1.CompleteRequest\x1a\x1c.migrate.v1.CompleteResponse\x12N\n\x0bRecordTrace\x12\x1e.migrate.v1.RecordTraceRequest\x1a\x1f.migrate.v1.RecordTraceResponse\x12<\n\x05\x41\x62ort\x12\x18.migrate.v1.AbortRequest\x1a\x19.migrate.v1.AbortResponse\x12Z\n\x0fResumeMigration\x12\".migrate.v1.ResumeMigrationRequest\x1a#.migrate.v1.ResumeMigrationResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!migrate/v1/transfer_service.proto\x12\nmigrate.v1\x1a\x16migrate/v1/types.proto\"\x8f\x04\n\x0ePrepareRequest\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\x12\x18\n\x10protocol_version\x18\x02 \x01(\r\x12+\n\x05guest\x18\x03 \x01(\x0b\x32\x1c.migrate.v1.GuestDescription\x12\x15\n\rpage_endpoint\x18\x04 \x01(\t\x12\x18\n\x10\x63ontrol_endpoint\x18\x05 \x01(\t\x12\r\n\x05token\x18\x06 \x01(\t\x12\'\n\x04mode\x18\x07 \x01(\x0e\x32\x19.migrate.v1.MigrationMode\x12\r\n\x05order\x18\x08 \x01(\t\x12,\n\ttransport\x18\t \x01(\x0e\x32\x19.migrate.v1.PageTransport\x12!\n\x19max_bandwidth_bytes_per_s\x18\n \x01(\x04\x12\x0e\n\x06verify\x18\x0b \x01(\x08\x12\x30\n\x0b\x63ompression\x18\x0c \x01(\x0e\x32\x1b.migrate.v1.PageCompression\x12\x0f\n\x07\x61ttempt\x18\r \x01(\r\x12\x17\n\x0fpeer_timeout_us\x18\x0e \x01(\x04\x12\x13\n\x0b\x64\x65\x61\x64line_us\x18\x0f \x01(\x04\x12/\n\x0bon_deadline\x18\x10 \x01(\x0e\x32\x1a.migrate.v1.DeadlineAction\x12\r\n\x05trace\x18\x11 \x01(\x08\x12\x16\n\x0erecorded_pages\x18\x12 \x03(\x04\"\x8b\x01\n\x0fPrepareResponse\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12,\n\ttransport\x18\x02 \x01(\x0e\x32\x19.migrate.v1.PageTransport\x12\x30\n\x0b\x63ompression\x18\x03 \x01(\x0e\x32\x1b.migrate.v1.PageCompression\"0\n\nStalePages\x12\x12\n\nfirst_page\x18\x01 \x01(\x04\x12\x0e\n\x06\x62itmap\x18\x02 \x01(\x0c\"\x84\x01\n\x11InvalidateRequest\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12%\n\x05stale\x18\x03 \x03(\x0b\x32\x16.migrate.v1.StalePages\x12\r\n\x05\x66\x65tch\x18\x04 \x01(\x08\x12\x0f\n\x07\x61ttempt\x18\x05 \x01(\r\"\x14\n\x12InvalidateResponse\"\x93\x01\n\x11SwitchoverRequest\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\x0c\x12\x15\n\rguest_touches\x18\x03 \x01(\x04\x12\x15\n\rmemory_digest\x18\x04 \x01(\x06\x12\x1a\n\x12\x63omplete_within_us\x18\x05 \x01(\x04\x12\x0f\n\x07\x61ttempt\x18\x06 \x01(\r\"U\n\x12SwitchoverResponse\x12\x15\n\rload_state_us\x18\x01 \x01(\x04\x12\x11\n\tresume_us\x18\x02 \x01(\x04\x12\x15\n\rlast_pages_us\x18\x03 \x01(\x04\"S\n\x12GetIncomingRequest\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\x12\x19\n\x11\x61wait_complete_us\x18\x02 \x01(\x04\x12\x0c\n\x04live\x18\x03 \x01(\x08\"?\n\x13GetIncomingResponse\x12(\n\tmigration\x18\x01 \x01(\x0b\x32\x15.migrate.v1.Migration\"`\n\x0f\x43ompleteRequest\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\x12\r\n\x05token\x18\x02 \x01(\t\x12(\n\tmigration\x18\x03 \x01(\x0b\x32\x15.migrate.v1.Migration\"\x12\n\x10\x43ompleteResponse\"^\n\x12RecordTraceRequest\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\x12\r\n\x05token\x18\x02 \x01(\t\x12#\n\x04part\x18\x03 \x01(\x0b\x32\x15.migrate.v1.TracePart\"\x15\n\x13RecordTraceResponse\"E\n\x0c\x41\x62ortRequest\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\"\x0f\n\rAbortResponse\"n\n\x16ResumeMigrationRequest\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\x12\r\n\x05token\x18\x02 \x01(\t\x12\x18\n\x10\x63ontrol_endpoint\x18\x03 \x01(\t\x12\x15\n\rpage_endpoint\x18\x04 \x01(\t\"Z\n\x17ResumeMigrationResponse\x12\x15\n\rpage_endpoint\x18\x01 \x01(\t\x12(\n\tmigration\x18\x02 \x01(\x0b\x32\x15.migrate.v1.Migration2\xf0\x04\n\x0fTransferService\x12\x42\n\x07Prepare\x12\x1a.migrate.v1.PrepareRequest\x1a\x1b.migrate.v1.PrepareResponse\x12K\n\nInvalidate\x12\x1d.migrate.v1.InvalidateRequest\x1a\x1e.migrate.v1.InvalidateResponse\x12K\n\nSwitchover\x12\x1d.migrate.v1.SwitchoverRequest\x1a\x1e.migrate.v1.SwitchoverResponse\x12N\n\x0bGetIncoming\x12\x1e.migrate.v1.GetIncomingRequest\x1a\x1f.migrate.v1.GetIncomingResponse\x12\x45\n\x08\x43omplete\x12\x1b.migrate.v1.CompleteRequest\x1a\x1c.migrate.v1.CompleteResponse\x12N\n\x0bRecordTrace\x12\x1e.migrate.v1.RecordTraceRequest\x1a\x1f.migrate.v1.RecordTraceResponse\x12<\n\x05\x41\x62ort\x12\x18.migrate.v1.AbortRequest\x1a\x19.migrate.v1.AbortResponse\x12Z\n\x0fResumeMigration\x12\".migrate.v1.ResumeMigrationRequest\x1a#.migrate.v1.ResumeMigrationResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,39 +33,39 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'migrate.v1.transfer_service
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PREPAREREQUEST']._serialized_start=74
-  _globals['_PREPAREREQUEST']._serialized_end=577
-  _globals['_PREPARERESPONSE']._serialized_start=580
-  _globals['_PREPARERESPONSE']._serialized_end=719
-  _globals['_STALEPAGES']._serialized_start=721
-  _globals['_STALEPAGES']._serialized_end=769
-  _globals['_INVALIDATEREQUEST']._serialized_start=772
-  _globals['_INVALIDATEREQUEST']._serialized_end=904
-  _globals['_INVALIDATERESPONSE']._serialized_start=906
-  _globals['_INVALIDATERESPONSE']._serialized_end=926
-  _globals['_SWITCHOVERREQUEST']._serialized_start=929
-  _globals['_SWITCHOVERREQUEST']._serialized_end=1076
-  _globals['_SWITCHOVERRESPONSE']._serialized_start=1078
-  _globals['_SWITCHOVERRESPONSE']._serialized_end=1163
-  _globals['_GETINCOMINGREQUEST']._serialized_start=1165
-  _globals['_GETINCOMINGREQUEST']._serialized_end=1248
-  _globals['_GETINCOMINGRESPONSE']._serialized_start=1250
-  _globals['_GETINCOMINGRESPONSE']._serialized_end=1313
-  _globals['_COMPLETEREQUEST']._serialized_start=1315
-  _globals['_COMPLETEREQUEST']._serialized_end=1411
-  _globals['_COMPLETERESPONSE']._serialized_start=1413
-  _globals['_COMPLETERESPONSE']._serialized_end=1431
-  _globals['_RECORDTRACEREQUEST']._serialized_start=1433
-  _globals['_RECORDTRACEREQUEST']._serialized_end=1527
-  _globals['_RECORDTRACERESPONSE']._serialized_start=1529
-  _globals['_RECORDTRACERESPONSE']._serialized_end=1550
-  _globals['_ABORTREQUEST']._serialized_start=1552
-  _globals['_ABORTREQUEST']._serialized_end=1621
-  _globals['_ABORTRESPONSE']._serialized_start=1623
-  _globals['_ABORTRESPONSE']._serialized_end=1638
-  _globals['_RESUMEMIGRATIONREQUEST']._serialized_start=1640
-  _globals['_RESUMEMIGRATIONREQUEST']._serialized_end=1750
-  _globals['_RESUMEMIGRATIONRESPONSE']._serialized_start=1752
-  _globals['_RESUMEMIGRATIONRESPONSE']._serialized_end=1842
-  _globals['_TRANSFERSERVICE']._serialized_start=1845
-  _globals['_TRANSFERSERVICE']._serialized_end=2469
+  _globals['_PREPAREREQUEST']._serialized_end=601
+  _globals['_PREPARERESPONSE']._serialized_start=604
+  _globals['_PREPARERESPONSE']._serialized_end=743
+  _globals['_STALEPAGES']._serialized_start=745
+  _globals['_STALEPAGES']._serialized_end=793
+  _globals['_INVALIDATEREQUEST']._serialized_start=796
+  _globals['_INVALIDATEREQUEST']._serialized_end=928
+  _globals['_INVALIDATERESPONSE']._serialized_start=930
+  _globals['_INVALIDATERESPONSE']._serialized_end=950
+  _globals['_SWITCHOVERREQUEST']._serialized_start=953
+  _globals['_SWITCHOVERREQUEST']._serialized_end=1100
+  _globals['_SWITCHOVERRESPONSE']._serialized_start=1102
+  _globals['_SWITCHOVERRESPONSE']._serialized_end=1187
+  _globals['_GETINCOMINGREQUEST']._serialized_start=1189
+  _globals['_GETINCOMINGREQUEST']._serialized_end=1272
+  _globals['_GETINCOMINGRESPONSE']._serialized_start=1274
+  _globals['_GETINCOMINGRESPONSE']._serialized_end=1337
+  _globals['_COMPLETEREQUEST']._serialized_start=1339
+  _globals['_COMPLETEREQUEST']._serialized_end=1435
+  _globals['_COMPLETERESPONSE']._serialized_start=1437
+  _globals['_COMPLETERESPONSE']._serialized_end=1455
+  _globals['_RECORDTRACEREQUEST']._serialized_start=1457
+  _globals['_RECORDTRACEREQUEST']._serialized_end=1551
+  _globals['_RECORDTRACERESPONSE']._serialized_start=1553
+  _globals['_RECORDTRACERESPONSE']._serialized_end=1574
+  _globals['_ABORTREQUEST']._serialized_start=1576
+  _globals['_ABORTREQUEST']._serialized_end=1645
+  _globals['_ABORTRESPONSE']._serialized_start=1647
+  _globals['_ABORTRESPONSE']._serialized_end=1662
+  _globals['_RESUMEMIGRATIONREQUEST']._serialized_start=1664
+  _globals['_RESUMEMIGRATIONREQUEST']._serialized_end=1774
+  _globals['_RESUMEMIGRATIONRESPONSE']._serialized_start=1776
+  _globals['_RESUMEMIGRATIONRESPONSE']._serialized_end=1866
+  _globals['_TRANSFERSERVICE']._serialized_start=1869
+  _globals['_TRANSFERSERVICE']._serialized_end=2493
 # @@protoc_insertion_point(module_scope)

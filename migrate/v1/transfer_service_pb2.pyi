@@ -42,6 +42,7 @@ class PrepareRequest(_message.Message):
     DEADLINE_US_FIELD_NUMBER: _builtins.int
     ON_DEADLINE_FIELD_NUMBER: _builtins.int
     TRACE_FIELD_NUMBER: _builtins.int
+    RECORDED_PAGES_FIELD_NUMBER: _builtins.int
     migration_id: _builtins.str
     protocol_version: _builtins.int
     """Version of this protocol that the source speaks; the destination accepts its own and the one before."""
@@ -53,6 +54,7 @@ class PrepareRequest(_message.Message):
     """Good for this migration's page calls, while it lasts."""
     mode: _types_pb2.MigrationMode.ValueType
     order: _builtins.str
+    """Of the background: of the C core, or a policy that the destination has, by its name or as module:Class."""
     transport: _types_pb2.PageTransport.ValueType
     """What the source would like the destination to fetch with; page_endpoint is a server made for it, but speaks to any."""
     max_bandwidth_bytes_per_s: _builtins.int
@@ -72,6 +74,10 @@ class PrepareRequest(_message.Message):
     """Keep every fault, and hand it over with RecordTrace."""
     @_builtins.property
     def guest(self) -> _types_pb2.GuestDescription: ...
+    @_builtins.property
+    def recorded_pages(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Pages that an earlier run of the guest faulted on, in that order; at most 262144."""
+
     def __init__(
         self,
         *,
@@ -92,10 +98,11 @@ class PrepareRequest(_message.Message):
         deadline_us: _builtins.int = ...,
         on_deadline: _types_pb2.DeadlineAction.ValueType = ...,
         trace: _builtins.bool = ...,
+        recorded_pages: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["guest", b"guest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "compression", b"compression", "control_endpoint", b"control_endpoint", "deadline_us", b"deadline_us", "guest", b"guest", "max_bandwidth_bytes_per_s", b"max_bandwidth_bytes_per_s", "migration_id", b"migration_id", "mode", b"mode", "on_deadline", b"on_deadline", "order", b"order", "page_endpoint", b"page_endpoint", "peer_timeout_us", b"peer_timeout_us", "protocol_version", b"protocol_version", "token", b"token", "trace", b"trace", "transport", b"transport", "verify", b"verify"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "compression", b"compression", "control_endpoint", b"control_endpoint", "deadline_us", b"deadline_us", "guest", b"guest", "max_bandwidth_bytes_per_s", b"max_bandwidth_bytes_per_s", "migration_id", b"migration_id", "mode", b"mode", "on_deadline", b"on_deadline", "order", b"order", "page_endpoint", b"page_endpoint", "peer_timeout_us", b"peer_timeout_us", "protocol_version", b"protocol_version", "recorded_pages", b"recorded_pages", "token", b"token", "trace", b"trace", "transport", b"transport", "verify", b"verify"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -29,8 +29,6 @@ GENERATED: dict[str, Callable[[], str]] = {
     "reference/python.md": reference_python.render,
 }
 PROTO_DIR = "proto/migrate/v1"
-# In the navigation before they are in the tree.
-EXPECTED = {"policies.md"}
 
 CODE = re.compile(r"(^```.*?^```|`[^`\n]+`)", re.DOTALL | re.MULTILINE)
 DIAGRAM = re.compile(r"^```mermaid\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -40,7 +38,7 @@ LOADED = re.compile(r"<(?:script|img|iframe|source)[^>]+src=\"?(?:https?:)?//|<l
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Expand directories of the navigation, and leave out the pages that are still to come."""
+    """Expand directories of the navigation."""
     config.nav = _expand(config.nav or [])
     return config
 
@@ -53,7 +51,7 @@ def _expand(entries: list[Any]) -> list[Any]:
             expanded.append({title: _expand(value) if isinstance(value, list) else value})
         elif entry.endswith("/"):
             expanded += sorted(f"{entry}{path.name}" for path in (DOCS / entry).glob("*.md"))
-        elif entry not in EXPECTED or (DOCS / entry).exists():
+        else:
             expanded.append(entry)
     return expanded
 

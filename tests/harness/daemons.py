@@ -187,7 +187,10 @@ class DaemonProcess:
             transport=types.PAGE_TRANSPORT_NATIVE_GRPC,
         )
         for term, value in terms.items():
-            setattr(request, term, value)
+            if term == "recorded_pages":
+                request.recorded_pages.extend(value)
+            else:
+                setattr(request, term, value)
         return self.migrations.StartMigration(request, timeout=CALL_S).migration_id
 
     def migration(self, migration_id):

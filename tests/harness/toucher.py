@@ -1,6 +1,7 @@
 """A process whose memory is armed, and which touches pages when told: the smallest guest there is.
 
-Run as a script it is the child: it takes one socket and answers {"touch": page} with the page's SHA-256.
+Run as a script it is the child: it takes one socket and answers {"touch": page} with the page's SHA-256, and
+those of `count` pages if it is told a `stride`, too.
 Touching waits in libc with the GIL dropped, so several touches can wait at once.
 """
 
@@ -14,6 +15,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 
 PAGE = mmap.PAGESIZE
 
@@ -38,6 +40,11 @@ class Toucher:
     def touch(self, page):
         """Have a page read; does not wait for the answer."""
         self._socket.send(json.dumps({"touch": page}).encode())
+
+    def walk(self, first_page, stride, count, pause_s=0):
+        """Have one thread read pages, each some time after the one before. Each is answered; does not wait."""
+        words = {"touch": first_page, "stride": stride, "count": count, "pause_s": pause_s}
+        self._socket.send(json.dumps(words).encode())
 
     def result(self):
         """(page, digest of what was read) of the touch that was answered first."""
@@ -69,13 +76,18 @@ def main():
     uffd.register_missing(fd, hva, pages * PAGE)
     socket.send_fds(channel, [json.dumps({"hva": hva}).encode()], [fd, memfd])
 
-    def touch(page):
+    def walk(touch, stride=1, count=1, pause_s=0):
+        for step in range(count):
+            read(touch + step * stride)
+            time.sleep(pause_s)
+
+    def read(page):
         copy = ctypes.create_string_buffer(PAGE)
         ctypes.memmove(copy, hva + page * PAGE, PAGE)
         channel.send(json.dumps({"page": page, "sha256": sha256(copy.raw)}).encode())
 
     while request := channel.recv(4096):
-        threading.Thread(target=touch, args=(json.loads(request)["touch"],), daemon=True).start()
+        threading.Thread(target=walk, kwargs=json.loads(request), daemon=True).start()
 
 
 if __name__ == "__main__":

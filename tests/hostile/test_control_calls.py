@@ -89,6 +89,18 @@ PREPARES = {
     "working set 2^64-1": (of_workload(working_set_bytes=U64), "ConfigError", "working set"),
     "distribution 99": (of_workload(distribution=99), "ConfigError", "a workload is"),
     "mode 99": (of_request(mode=99), "ConfigError", "migrates in modes"),
+    "order that nobody has": (of_request(order="tides"), "UnsupportedHostError", "no order 'tides'; it has precopy,"),
+    "order that is a module": (of_request(order="os:system"), "UnsupportedHostError", "no order 'os:system'"),
+    "recorded page 2^64-1": (
+        lambda request: request.recorded_pages.append(U64),
+        "ConfigError",
+        "was recorded of another one",
+    ),
+    "262,145 recorded pages": (
+        lambda request: request.recorded_pages.extend([0] * 262_145),
+        "ConfigError",
+        "at most 262144 recorded pages",
+    ),
     "order of 1 MiB": (of_request(order=MEGABYTE), "ConfigError", "no order of the background"),
     "pages at no port": (of_request(page_endpoint="localhost"), "ConfigError", "is not HOST:PORT"),
     "pages at port 65536": (of_request(page_endpoint="127.0.0.1:65536"), "ConfigError", "is not HOST:PORT"),

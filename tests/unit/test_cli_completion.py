@@ -45,6 +45,7 @@ def test_bash_completes_commands_and_options():
     assert complete("guest", "re") == ["resume"]
     assert "--mode" in complete("start", "alpha", "--m")
     assert complete("start", "alpha", "--mode", "post") == ["postcopy"]
+    assert complete("start", "alpha", "--order", "re") == ["recorded-set"]
 
 
 def test_bash_completes_guests_of_the_daemon(daemon):

@@ -154,7 +154,7 @@ def test_start_table_fits_a_terminal(daemon):
         ["alpha", "--to", "192.0.2.2"],
         ["alpha", "--to", "192.0.2.2:7400", "--mode", "telepathy"],
         ["alpha", "--to", "192.0.2.2:7400", "--max-bandwidth", "fast"],
-        ["alpha", "--to", "192.0.2.2:7400", "--order", "random"],
+        ["alpha", "--to", "192.0.2.2:7400", "--order", "no/order"],
         ["alpha", "--to", "192.0.2.2:7400", "--peer-timeout", "soon"],
         ["alpha", "--to", "192.0.2.2:7400", "--deadline", "-1s"],
         ["alpha", "--to", "192.0.2.2:7400", "--deadline", "2s", "--on-deadline", "shrug"],

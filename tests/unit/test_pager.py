@@ -6,9 +6,9 @@ import time
 
 import pytest
 
-from migrate.errors import GuestLostError, IntegrityError, RemoteProtocolError
+from migrate.errors import GuestLostError, IntegrityError, RemoteProtocolError, UffdError
 from migrate.native._native import ffi, lib
-from migrate.native.pager import PageKind, Pager, PagerStoppedError
+from migrate.native.pager import Order, PageKind, Pager, PagerStoppedError
 from tests.harness.toucher import PAGE, Toucher, sha256
 from tests.harness.waiting import wait_until
 
@@ -17,6 +17,7 @@ pytestmark = pytest.mark.uffd
 PAGES = 64
 ZERO = sha256(bytes(PAGE))
 CLAIM_US = 5_000_000
+NOTES_MAX = 1 << 12  # pager_internal.h
 
 
 def page_of(number):
@@ -259,3 +260,97 @@ def test_the_map_covers_every_page_once(pager, cells):
     assert [share > 0 for share in pager.missing_map(cells)] == [False] * (cells - 1) + [True]
     pager.place_zero(PAGES - 1, 1)
     assert pager.missing_map(cells) == bytes(cells)
+
+
+# ---- a policy beside it ----
+
+
+@pytest.fixture
+def suggested(toucher):
+    made = Pager(toucher.uffd, toucher.hva, PAGES, Order.SUGGESTED)
+    made.start_fault_thread()
+    yield made
+    made.close()
+
+
+def test_a_policy_hears_of_faults_on_missing_pages(toucher, suggested):
+    assert suggested.claim_run(8) == (0, 8)
+    suggested.place_data(0, 2, page_of(0) * 2, PageKind.BACKGROUND, None)
+    faults = []
+    for page in (20, 5):
+        toucher.touch(page)
+        faults += suggested.wait_faults(CLAIM_US).faults
+    toucher.touch(0)
+    assert toucher.result()[0] == 0
+    assert [(page, was_requested) for page, _, _, was_requested in faults] == [(20, False), (5, True)]
+    assert all(event_ns and thread_id for _, event_ns, thread_id, _ in faults)
+    assert suggested.wait_faults(0) == ([], 0, 0)
+
+
+def test_a_policy_names_pages(suggested):
+    suggested.suggest([(40, 4), (9, 1)])
+    assert suggested.wait_faults(0).queued == 2
+    assert [suggested.claim_run(64) for _ in range(3)] == [(40, 4), (9, 1), (0, 9)]
+
+
+def test_a_policy_keeps_the_rest_back_and_lets_it_go(suggested):
+    suggested.suggest([(40, 1)], hold_us=60_000_000)
+    assert 0.9 < suggested.held_s <= 1
+    assert suggested.claim_run(64) == (40, 1)
+    assert suggested.claim_run(64) is None
+    suggested.suggest([])
+    assert suggested.held_s == 0
+    assert suggested.claim_run(64) == (0, 40)
+
+
+@pytest.mark.parametrize("run", [(PAGES, 1), (PAGES - 1, 2), (3, 0), (1, 2**64 - 1)])
+def test_a_suggestion_outside_the_region_is_refused(suggested, run):
+    with pytest.raises(UffdError):
+        suggested.suggest([(40, 1), run], hold_us=1000)
+    assert suggested.claim_run(1) == (0, 1), "nothing was taken of it"
+
+
+def test_a_policy_is_asked_again_when_its_runs_run_out(suggested):
+    suggested.suggest([(40, 1), (42, 1)])
+    suggested.claim_run(64)
+    outcome = []
+    thread = threading.Thread(target=lambda: outcome.append(suggested.wait_faults(30_000_000)))
+    thread.start()
+    suggested.claim_run(64)
+    thread.join(5)
+    assert outcome == [([], 0, 0)]
+
+
+def test_faults_that_no_policy_takes_are_dropped_and_counted(toucher, suggested):
+    """The oldest go. A vCPU that is woken for nothing faults again."""
+    for page in range(PAGES):
+        toucher.touch(page)
+    for faults in range(PAGES, NOTES_MAX + 2 * PAGES, PAGES):
+        wait_until(lambda faults=faults: suggested.counters().faults >= faults, 5, "the faults")
+        assert lib.mig_uffd_wake(toucher.uffd, toucher.hva, PAGES * PAGE) == 0
+    wait_until(lambda: suggested.counters().faults >= NOTES_MAX + 2 * PAGES, 5, "the last faults")
+    heard, lost, _ = suggested.wait_faults(0)
+    assert lost == suggested.counters().faults - NOTES_MAX
+    while more := suggested.wait_faults(0).faults:
+        heard += more
+    assert len(heard) == NOTES_MAX
+    assert all(was_requested for *_, was_requested in heard)
+    suggested.place_zero(0, PAGES)
+    for _ in range(PAGES):
+        toucher.result()
+
+
+def test_a_stopped_pager_stops_its_policy(suggested):
+    suggested.stop()
+    with pytest.raises(PagerStoppedError):
+        suggested.wait_faults(30_000_000)
+
+
+def test_a_policy_ends_when_nothing_is_missing(suggested):
+    assert [suggested.missing.is_missing(page) for page in (0, PAGES - 1, PAGES, -1)] == [True, True, False, False]
+    suggested.place_zero(0, PAGES - 2)
+    assert (suggested.missing.next(0), suggested.missing.count(0, PAGES)) == (PAGES - 2, 2)
+    suggested.place_zero(0, PAGES)
+    assert suggested.missing.next(0) is None
+    with pytest.raises(PagerStoppedError):
+        suggested.wait_faults(30_000_000)
