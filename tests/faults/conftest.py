@@ -2,17 +2,24 @@
 
 import pytest
 
-from tests.harness.recoverable import recoverable_pair
+from tests.harness.spares import Spares
+
+
+@pytest.fixture(scope="session")
+def spares(tmp_path_factory):
+    made = Spares(lambda: tmp_path_factory.mktemp("pair"))
+    yield made
+    made.close()
 
 
 @pytest.fixture
-def pair(tmp_path):
-    with recoverable_pair(tmp_path) as made:
+def pair(spares, request):
+    with spares.pair(request) as made:
         yield made
 
 
 @pytest.fixture
-def proxied(tmp_path):
-    with recoverable_pair(tmp_path, proxied=True) as made, made.watch() as watch:
+def proxied(spares, request):
+    with spares.pair(request, proxied=True) as made, made.watch() as watch:
         yield made
         assert watch.seen_twice == []

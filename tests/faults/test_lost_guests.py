@@ -16,7 +16,6 @@ from migrate.v1 import types_pb2 as types
 from tests.harness import operator
 from tests.harness.daemons import CALL_S
 from tests.harness.processes import guest_pids, is_alive
-from tests.harness.recoverable import recoverable_pair
 from tests.harness.waiting import wait_until
 
 pytestmark = [pytest.mark.kvm, pytest.mark.uffd, pytest.mark.timeout(60)]
@@ -29,8 +28,8 @@ LOST = "GuestLostError"
 
 
 @pytest.fixture
-def pair(tmp_path):
-    with recoverable_pair(tmp_path, keep_logs=True) as made:
+def pair(spares, request):
+    with spares.pair(request, keep_logs=True) as made:
         yield made
 
 

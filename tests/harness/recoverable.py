@@ -134,7 +134,12 @@ def recoverable_pair(directory, *, proxied=False, keep_logs=False, of_destinatio
 
         with ThreadPoolExecutor(2) as pool:
             starting = [pool.submit(start, name) for name in ("source", "destination")]
-        for started in starting:
-            if started.exception() is None:
-                stack.callback(started.result().close)
+        stack.callback(_close, [started.result() for started in starting if started.exception() is None])
         yield Pair(*(started.result() for started in starting), barriers, directory)
+
+
+def _close(daemons):
+    """All at one time; what went wrong with any of them is raised."""
+    with ThreadPoolExecutor(len(daemons) or 1) as pool:
+        for closing in [pool.submit(daemon.close) for daemon in daemons]:
+            closing.result()
