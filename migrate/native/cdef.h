@@ -296,8 +296,14 @@ struct mig_page_server_counters {
     uint64_t requests;
     uint64_t data_pages;
 };
+struct mig_page_server_patience {
+    uint64_t handshake_ns;
+    uint64_t idle_ns;
+    uint64_t stuck_ns;
+};
+struct mig_page_server_patience mig_page_server_usual_patience(void);
 int mig_page_server_create(int listen_fd, struct mig_exports *exports, struct mig_tls *tls,
-                           struct mig_page_server **ret);
+                           struct mig_page_server_patience patience, struct mig_page_server **ret);
 void mig_page_server_destroy(struct mig_page_server *server);
 const struct mig_page_server_counters *mig_page_server_counters(const struct mig_page_server *server);
 int mig_page_server_next_event(struct mig_page_server *server, char *text);

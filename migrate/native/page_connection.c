@@ -6,9 +6,6 @@
 #include "pageserver_internal.h"
 #include "units.h"
 
-/* Without a call, or with a peer that does not read, a connection is given up; a call may last for ever. */
-static const uint64_t IDLE_NS = 60ull * 1000000000u, STUCK_NS = 20ull * 1000000000u;
-
 /* A server's sockets are bounded, and so are their buffers; window_bytes bounds how many requests wait in a call. */
 static const struct mig_h2_limits LIMITS = {
     .message_bytes_max = 1024,
@@ -115,10 +112,12 @@ static int wait_ms(const struct connection *connection, uint64_t now_ns)
 /* Returns why the connection must end, or NULL. */
 static const char *overdue(const struct connection *connection, uint64_t now_ns, bool is_full)
 {
-    if (is_full && now_ns - connection->progress_ns > STUCK_NS)
+    const struct mig_page_server_patience *patience = &connection->server->patience;
+
+    if (is_full && now_ns - connection->progress_ns > patience->stuck_ns)
         return "it takes no more of what it asked for";
-    if (now_ns - connection->busy_ns > IDLE_NS)
-        return "it has not called for a minute";
+    if (now_ns - connection->busy_ns > patience->idle_ns)
+        return "it has not called for too long";
     return NULL;
 }
 

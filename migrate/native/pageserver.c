@@ -18,8 +18,6 @@
 #include "units.h"
 
 enum { CONNECTIONS_MAX = 64, GREETING_MAX = 64 };
-/* Who is there for so long without having proven who it is, is turned away. */
-static const uint64_t HANDSHAKE_NS = 5ull * 1000000000u;
 
 /* ---- events and counters ---- */
 
@@ -104,7 +102,7 @@ static bool welcome(struct connection *connection)
 
     int rc = mig_tls_stream_create(server->tls, connection->fd, NULL, &tls);
     if (rc == 0)
-        rc = mig_tls_stream_handshake(tls, mig_now_ns() + HANDSHAKE_NS);
+        rc = mig_tls_stream_handshake(tls, mig_now_ns() + server->patience.handshake_ns);
     if (rc == 0)
         return settle(connection, tls);
     if (!is_stopping(server)) {
@@ -235,13 +233,27 @@ static void *accept_thread(void *argument)
 
 /* ---- life ---- */
 
+struct mig_page_server_patience mig_page_server_usual_patience(void)
+{
+    return (struct mig_page_server_patience){
+        .handshake_ns = 5ull * 1000000000u,
+        .idle_ns = 60ull * 1000000000u,
+        .stuck_ns = 20ull * 1000000000u,
+    };
+}
+
 int mig_page_server_create(int listen_fd, struct mig_exports *exports, struct mig_tls *tls,
-                           struct mig_page_server **ret)
+                           struct mig_page_server_patience patience, struct mig_page_server **ret)
 {
     struct mig_page_server *server = calloc(1, sizeof(*server));
     if (!server)
         return -ENOMEM;
-    *server = (struct mig_page_server){.listen_fd = listen_fd, .exports = exports, .tls = mig_tls_get(tls)};
+    *server = (struct mig_page_server){
+        .listen_fd = listen_fd,
+        .exports = exports,
+        .tls = mig_tls_get(tls),
+        .patience = patience,
+    };
     mig_events_init(&server->events);
     pthread_mutex_init(&server->mutex, NULL);
     pthread_cond_init(&server->changed, NULL);

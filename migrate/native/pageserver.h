@@ -28,12 +28,22 @@ struct mig_page_server_counters {
     uint64_t data_pages;
 };
 
+/* How long peers are borne with. The clock is looked at once a second, but for the handshake. */
+struct mig_page_server_patience {
+    uint64_t handshake_ns; /* who has not proven who it is after so long is turned away */
+    uint64_t idle_ns;      /* a connection without a call for so long is given up; a call may last for ever */
+    uint64_t stuck_ns;     /* so is one whose peer takes nothing of what it asked for */
+};
+
+/** Those of docs/protocol.md. */
+struct mig_page_server_patience mig_page_server_usual_patience(void);
+
 /**
  * Serve on a listening TCP socket, which it takes over; in plain text, or, if `tls` is not NULL, to hosts that prove
  * who they are. The exports stay the caller's. Returns 0 or -errno.
  */
 int mig_page_server_create(int listen_fd, struct mig_exports *exports, struct mig_tls *tls,
-                           struct mig_page_server **ret);
+                           struct mig_page_server_patience patience, struct mig_page_server **ret);
 
 /** End all connections and threads, free. */
 void mig_page_server_destroy(struct mig_page_server *server);

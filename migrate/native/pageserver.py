@@ -1,5 +1,6 @@
 """PageService in C: serves FetchPages to any gRPC client. No Python runs between a request and its pages."""
 
+import dataclasses
 import logging
 import socket
 import threading
@@ -31,6 +32,27 @@ class PageServerCounters:
     data_pages: int
 
 
+@dataclass(frozen=True, slots=True)
+class PageServerPatience:
+    """How long a page server bears with peers.
+
+    Attributes:
+        handshake_ns: Until a peer has proven who it is.
+        idle_ns: Of a connection without a call.
+        stuck_ns: Of a peer that takes nothing of what it asked for.
+    """
+
+    handshake_ns: int
+    idle_ns: int
+    stuck_ns: int
+
+    @classmethod
+    def usual(cls) -> "PageServerPatience":
+        """That of docs/protocol.md."""
+        usual = lib.mig_page_server_usual_patience()
+        return cls(usual.handshake_ns, usual.idle_ns, usual.stuck_ns)
+
+
 class PageServer:
     """Listens and serves, in threads of its own, until `close`. What peers did wrong goes to the log.
 
@@ -38,17 +60,26 @@ class PageServer:
         endpoint: Where to listen; port 0 takes a free one.
         exports: What to serve.
         tls: Serves hosts that prove who they are, and nobody else; None is plain text.
+        patience: How long it bears with peers; None is as usual.
 
     Raises:
         ConfigError: the address cannot be listened on.
     """
 
-    def __init__(self, endpoint: Endpoint, exports: Exports, tls: NativeTls | None = None) -> None:
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        exports: Exports,
+        tls: NativeTls | None = None,
+        patience: PageServerPatience | None = None,
+    ) -> None:
         tls_handle = ffi.NULL if tls is None else tls.handle
         listener = _listen(endpoint)
         self.endpoint = Endpoint(endpoint.host, listener.getsockname()[1])
         ret = ffi.new("struct mig_page_server **")
-        rc = lib.mig_page_server_create(listener.fileno(), exports.handle, tls_handle, ret)
+        borne = dataclasses.asdict(patience or PageServerPatience.usual())
+        borne_with = ffi.new("struct mig_page_server_patience *", borne)
+        rc = lib.mig_page_server_create(listener.fileno(), exports.handle, tls_handle, borne_with[0], ret)
         if rc < 0:
             listener.close()
             raise NativeError("start the page server", -rc)

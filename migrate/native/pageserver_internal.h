@@ -32,6 +32,7 @@ struct mig_page_server {
     int listen_fd;
     struct mig_exports *exports;
     struct mig_tls *tls; /* NULL: plain text */
+    struct mig_page_server_patience patience;
     struct mig_events events;
     pthread_t accept_thread;
 

@@ -77,13 +77,14 @@ class ServedMemory:
         fill=page_bytes,
         tls=None,
         peer_name="",
+        patience=None,
     ):
         self.memory = Memory(pages, fill)
         self.compression = compression
         self.source = PageSource(self.memory.fd, pages)
         self.exports = Exports()
         self.exports.publish(MIGRATION_ID, TOKEN, self.source, compression, peer_name)
-        self.server = PageServer(Endpoint(host, 0), self.exports, tls)
+        self.server = PageServer(Endpoint(host, 0), self.exports, tls, patience)
 
     @property
     def endpoint(self):

@@ -2,6 +2,7 @@
 
 import pytest
 
+from migrate.native.pageserver import PageServerPatience
 from tests.harness.destination import PAGES as FETCHED_PAGES
 from tests.harness.destination import Destination
 from tests.harness.fake_source import FakeSource
@@ -12,9 +13,15 @@ from tests.harness.waiting import wait_until
 
 
 @pytest.fixture
-def served():
+def patience():
+    """How long the server bears with peers: as usual, unless a test says otherwise."""
+    return PageServerPatience.usual()
+
+
+@pytest.fixture
+def served(patience):
     """The server; whatever a test did to it, a stock client is served at the end, and nobody is left."""
-    made = ServedMemory(PAGES)
+    made = ServedMemory(PAGES, patience=patience)
     try:
         yield made
         asked = [*runs_of(PAGES), *((page, 1) for page in range(0, PAGES, 97))]

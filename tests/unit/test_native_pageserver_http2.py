@@ -1,18 +1,28 @@
 """The native page server against peers that break HTTP/2's rules, or keep them and are slow; others are served."""
 
 import contextlib
+import re
 import struct
 import threading
+import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hyperframe import frame as frames
 
+from migrate.native.pageserver import PageServerPatience
 from tests.harness.h2_peer import PREFACE, WINDOW_MAX, Peer, Settings, frame_bytes, prefixed, request
 from tests.harness.memory import PAGE, ServedMemory, pages_of, requests_for, stock_fetch
 from tests.harness.page_server import PAGES, check_connection_ended, flood_caller, wait_logged
 from tests.harness.waiting import wait_until
 
 STREAMS_MAX = 16
+PROTOCOL = Path(__file__).parents[2] / "docs" / "protocol.md"
+NS_PER_S = 1_000_000_000
+USUAL = PageServerPatience.usual()
+SHORT_S = 1
+SHORT_NS = SHORT_S * NS_PER_S
 OK = 0
 NO_ERROR, PROTOCOL_ERROR, FLOW_CONTROL_ERROR, STREAM_CLOSED, FRAME_SIZE_ERROR = 0, 1, 3, 5, 6
 REFUSED_STREAM, CANCEL, COMPRESSION_ERROR = 7, 8, 9
@@ -255,10 +265,12 @@ def test_peer_that_never_reads_holds_up_nobody_and_costs_little(served):
         assert stock_fetch(served.endpoint, [(1, 4)]) == [served.memory.run(1, 4)]
 
 
-@pytest.mark.thorough
+@pytest.mark.parametrize("patience", [replace(USUAL, stuck_ns=SHORT_NS)])
 def test_peer_that_never_reads_is_given_up(served, caplog):
+    began_s = time.monotonic()
     with flood_caller(served):
-        wait_until(lambda: served.server.counters().connections_failed == 1, 40, "the peer to be given up")
+        wait_until(lambda: served.server.counters().connections_failed == 1, 20, "the peer to be given up")
+    assert time.monotonic() - began_s >= SHORT_S
     wait_logged(caplog, "it takes no more of what it asked for")
 
 
@@ -288,15 +300,28 @@ def test_reset_in_the_middle_of_a_big_reply_leaves_memory_alone(served):
                 assert response.data == served.memory.run(response.first_page, response.page_count)
 
 
-@pytest.mark.thorough
-@pytest.mark.timeout(100)
-def test_headers_that_never_end_hold_a_place_for_a_minute_at_most(served, peer):
+@pytest.mark.parametrize("patience", [replace(USUAL, idle_ns=SHORT_NS)])
+def test_headers_that_never_end_do_not_hold_a_place_for_ever(served, caplog):
     """Nobody has proved anything yet, and there are 64 places."""
-    peer.acknowledges = False
-    peer.greet_server()
-    peer.send_frames(frames.HeadersFrame(1, b"\x83"))
-    peer.socket.settimeout(70)
-    peer.receive_close()
+    began_s = time.monotonic()
+    with Peer.connect(served.endpoint) as peer:
+        peer.acknowledges = False
+        peer.greet_server()
+        peer.send_frames(frames.HeadersFrame(1, b"\x83"))
+        peer.receive_close()
+    assert time.monotonic() - began_s >= SHORT_S
+    wait_logged(caplog, "it has not called for too long")
+
+
+def test_usual_patience_is_that_of_the_document():
+    """A minute without a call, and so on."""
+    _, page_port = PROTOCOL.read_text().split("native ends of the page port")
+    said = dict(re.findall(r"^\| ([^|]+) \| (\d+) s \|", page_port, re.MULTILINE))
+    assert {what: int(value) * NS_PER_S for what, value in said.items()} == {
+        "a TLS handshake": USUAL.handshake_ns,
+        "a connection without a call": USUAL.idle_ns,
+        "a peer that takes nothing of what it asked for": USUAL.stuck_ns,
+    }
 
 
 def test_peer_that_vanishes_in_the_middle_of_a_big_reply_is_forgotten(served):
