@@ -52,7 +52,7 @@ def test_unprivileged_daemons_move_a_guest(open_dir):
             # It is not asked to tidy a directory that is another's.
             daemons.append(DaemonProcess(prefix=unprivileged.prefix(stage), state_dir=state))
         source, destination = daemons
-        source.create("g", memory_mib=16)
+        source.create("g", memory_mib=16, touch_rate_per_s=2_000)
         source.wait_populated("g")
 
         moved = source.migrate(destination)
@@ -74,7 +74,7 @@ def test_sockets_and_directories_are_nobody_elses(tmp_path):
     finally:
         os.umask(mask)
     try:
-        daemon.create("g", kind="process", memory_mib=16)
+        daemon.create("g", kind="process", memory_mib=16, touch_rate_per_s=2_000)
         modes = {path: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "state").rglob("*")}
         modes[tmp_path / "state"] = stat.S_IMODE((tmp_path / "state").stat().st_mode)
         sockets = [path for path in modes if path.is_socket()]
@@ -92,7 +92,7 @@ def test_sockets_and_directories_are_nobody_elses(tmp_path):
 def test_ram_has_no_path(tmp_path, kind):
     daemon = DaemonProcess()
     try:
-        pid = daemon.create("g", kind=kind, memory_mib=16).pid
+        pid = daemon.create("g", kind=kind, memory_mib=16, touch_rate_per_s=2_000).pid
         with Path(f"/proc/{pid}/maps").open() as maps:
             shared = [line.split(maxsplit=5)[-1] for line in maps if line.split()[1] == "rw-s"]
     finally:
@@ -123,7 +123,7 @@ def test_guest_that_crashes_leaves_no_core(tmp_path, kind):
     folder.mkdir()
     daemon = DaemonProcess(prefix=[*WITH_CORES, str(folder)])
     try:
-        pid = daemon.create("g", kind=kind, memory_mib=16).pid
+        pid = daemon.create("g", kind=kind, memory_mib=16, touch_rate_per_s=2_000).pid
         assert resource.prlimit(pid, resource.RLIMIT_CORE) == (0, 0)
         os.kill(pid, signal.SIGSEGV)
         wait_until(lambda: not is_alive(pid), 20, "the guest to be gone")

@@ -38,7 +38,7 @@ def daemon(certificates, tmp_path_factory):
 @pytest.fixture
 def guest_of(daemon):
     """A guest that is not there any more afterwards."""
-    daemon.create("g", kind="process", memory_mib=16)
+    daemon.create("g", kind="process", memory_mib=16, touch_rate_per_s=2_000)
     yield daemon
     daemon.guests.DeleteGuest(guest.DeleteGuestRequest(name="g"), timeout=CALL_S)
 
@@ -77,7 +77,7 @@ def asked(daemon, tls_dir, *words):
 def test_guest_moves_over_tls_and_back(start_daemon, certificates, kind, transport):
     source = start_daemon(certificates.host("alpha"))
     destination = start_daemon(certificates.host("beta"))
-    source.create("g", kind=kind, memory_mib=16)
+    source.create("g", kind=kind, memory_mib=16, touch_rate_per_s=2_000)
     source.wait_populated("g")
 
     there = source.migrate(destination, transport=transport, verify=True)
@@ -110,7 +110,7 @@ def test_command_line_over_tls(start_daemon, certificates):
 def test_source_that_is_not_trusted_is_told_why(start_daemon, strangers, tmp_path, certificates):
     source = start_daemon(strangers.host(), strangers.operator())
     destination = start_daemon()
-    source.create("g", kind="process", memory_mib=16)
+    source.create("g", kind="process", memory_mib=16, touch_rate_per_s=2_000)
 
     ended = source.migrate(destination, transport=GRPCIO)
 
@@ -124,7 +124,7 @@ def test_source_that_is_not_trusted_is_told_why(start_daemon, strangers, tmp_pat
 def test_plaintext_daemon_is_told_that_its_destination_speaks_tls(daemon, tmp_path):
     source = DaemonProcess()
     try:
-        source.create("g", kind="process", memory_mib=16)
+        source.create("g", kind="process", memory_mib=16, touch_rate_per_s=2_000)
         ended = source.migrate(daemon, transport=GRPCIO)
     finally:
         source.close()

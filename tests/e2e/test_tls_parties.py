@@ -185,7 +185,7 @@ def test_watching_ends_when_the_viewer_is_revoked(start_daemon, certificates, tm
     for peer in (certificates.operator(), certificates.viewer()):
         shutil.copy(peer / "cert.pem", directory / "peers" / f"{peer.name}.pem")
     daemon = start_daemon(directory)
-    daemon.create("g", kind="process", memory_mib=16)
+    daemon.create("g", kind="process", memory_mib=16, touch_rate_per_s=2_000)
     with channel_to(daemon.address, certificates.viewer()) as channel:
         request = guest.WatchGuestStatisticsRequest(name="g", interval_us=100_000)
         watched = guest_rpc.GuestServiceStub(channel).WatchGuestStatistics(request, timeout=CALL_S)

@@ -19,10 +19,12 @@ pytestmark = [pytest.mark.kvm, pytest.mark.uffd, pytest.mark.timeout(60)]
 
 COMPLETED = types.MIGRATION_STATE_COMPLETED
 CALL_S = 20
+# At full speed it would take the CPUs from the daemons, which are what is tested.
+GUEST = {"memory_mib": 32, "vcpus": 2, "touch_rate_per_s": 2_000}
 
 
 def move(pair):
-    pair.source.create(memory_mib=32, vcpus=2)
+    pair.source.create(**GUEST)
     pair.source.wait_populated()
     migration_id = pair.start()
     pair.check_moved(migration_id)
@@ -84,7 +86,7 @@ def test_repeated_end_is_harmless_and_a_wrong_token_is_refused(pair):
 
 
 def test_end_with_a_wrong_token_ends_nothing(pair):
-    pair.source.create(memory_mib=32)
+    pair.source.create(**GUEST)
     pair.source.wait_populated()
     pair.barriers.hold(Point.DESTINATION_DISARMED)
     migration_id = pair.start()
@@ -119,7 +121,7 @@ def test_completed_survives_restarts_of_both(pair):
 
 
 def test_guest_that_a_killed_source_did_not_free_is_freed_and_one_that_came_back_is_not(pair):
-    pair.source.create(memory_mib=32)
+    pair.source.create(**GUEST)
     pair.source.wait_populated()
     pair.barriers.hold(Point.SOURCE_ENDING)
     migration_id = pair.start()
@@ -144,7 +146,7 @@ def test_guest_that_a_killed_source_did_not_free_is_freed_and_one_that_came_back
 
 def test_fence_outlives_the_daemon_and_lets_later_attempts_pass(pair):
     destination = pair.destination
-    pair.source.create(memory_mib=32)
+    pair.source.create(**GUEST)
     pair.source.wait_populated()
     description, _ = pair.describe(pair.source)
 

@@ -263,7 +263,7 @@ def test_twin_that_dies_with_its_daemon_in_postcopy_is_lost_once_that_is_back(pa
 
 def test_source_guest_that_dies_before_the_switchover_is_lost_there_alone(pair):
     """It ran there when it died: no copy is whole, and the destination keeps nothing."""
-    pair.source.create(memory_mib=64, vcpus=2)
+    pair.source.create(memory_mib=64, vcpus=2, touch_rate_per_s=500)
     pair.source.wait_populated()
     pair.barriers.hold(Point.SOURCE_PREPARED)
     migration_id = pair.start()

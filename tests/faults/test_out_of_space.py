@@ -58,8 +58,8 @@ def limit(daemon, what, limit_bytes):
     resource.prlimit(daemon.process.pid, what, (hard_bytes if limit_bytes is None else limit_bytes, hard_bytes))
 
 
-def create(pair, kind="kvm", **spec):
-    pair.source.create(kind=kind, memory_mib=spec.pop("memory_mib", MEMORY_MIB), vcpus=2, **spec)
+def create(pair, kind="kvm", memory_mib=MEMORY_MIB, **spec):
+    pair.source.create(kind=kind, memory_mib=memory_mib, vcpus=2, touch_rate_per_s=5000, **spec)
     pair.source.wait_populated()
     return pair.source.guest().pid
 
@@ -115,7 +115,7 @@ def test_disk_of_the_destination_that_is_full_at_the_switchover_leaves_the_guest
     """That the vCPUs may run could not be written down, so they do not."""
     terms = {"mode": types.MigrationMode.Value(f"MIGRATION_MODE_{mode.upper()}")}
     with small_disk(tmp_path, "destination") as pair:
-        pid = create(pair, touch_rate_per_s=5000)
+        pid = create(pair)
         pair.barriers.hold(Point.DESTINATION_SWITCHING)
         migration_id = pair.start(**terms)
         pair.barriers.wait_held(Point.DESTINATION_SWITCHING, HELD_S)
@@ -169,7 +169,7 @@ def test_end_is_acknowledged_once_the_source_can_write_it_down(tmp_path):
 @pytest.mark.root
 def test_disk_of_the_source_that_is_full_refuses_a_migration_and_a_cancellation(tmp_path):
     with small_disk(tmp_path, "source") as pair:
-        create(pair, touch_rate_per_s=5000)
+        create(pair)
         fill_disk(pair.source)
         refused = operator.ask(pair.source, "start", "g", "--to", pair.destination.address, exit_code=1).stderr
         assert "No space left on device" in refused
@@ -190,7 +190,7 @@ def test_disk_of_the_source_that_is_full_refuses_a_migration_and_a_cancellation(
 @pytest.mark.parametrize("kind", ["kvm", pytest.param("process", marks=pytest.mark.thorough)])
 def test_destination_whose_memory_is_out_in_prepare_leaves_the_guest(pair, kind):
     """The twin may not map as much address space as its RAM needs."""
-    pid = create(pair, kind, memory_mib=8192, working_set_mib=16, touch_rate_per_s=5000)
+    pid = create(pair, kind, memory_mib=8192, working_set_mib=16)
     mapped_bytes = int(Path(f"/proc/{pair.destination.process.pid}/statm").read_text().split()[0]) * 4096
     limit(pair.destination, resource.RLIMIT_AS, mapped_bytes + (1 << 30))
     migration_id = pair.start()
@@ -203,7 +203,7 @@ def test_destination_whose_memory_is_out_in_prepare_leaves_the_guest(pair, kind)
 def test_destination_whose_memory_is_full_in_the_middle_of_the_precopy_leaves_the_guest(pair, mode):
     """No page can be written behind the first megabyte of the twin's memory."""
     terms = {"mode": types.MigrationMode.Value(f"MIGRATION_MODE_{mode.upper()}")}
-    pid = create(pair, touch_rate_per_s=5000)
+    pid = create(pair)
     pair.barriers.hold(Point.SOURCE_PRECOPY)
     migration_id = pair.start(max_bandwidth_bytes_per_s=16 << 20, **terms)
     pair.barriers.wait_held(Point.SOURCE_PRECOPY, HELD_S)
@@ -219,7 +219,7 @@ def test_destination_whose_memory_is_full_in_the_middle_of_the_precopy_leaves_th
 def test_twin_that_is_killed_in_the_precopy_leaves_the_guest(pair, mode):
     """As a host does that runs out of memory."""
     terms = {"mode": types.MigrationMode.Value(f"MIGRATION_MODE_{mode.upper()}")}
-    pid = create(pair, touch_rate_per_s=5000)
+    pid = create(pair)
     pair.barriers.hold(Point.DESTINATION_INVALIDATED)
     migration_id = pair.start(**terms)
     pair.barriers.wait_held(Point.DESTINATION_INVALIDATED, HELD_S)
@@ -231,7 +231,7 @@ def test_twin_that_is_killed_in_the_precopy_leaves_the_guest(pair, mode):
 
 
 def test_twin_that_is_killed_while_it_is_built_leaves_the_guest(pair):
-    pid = create(pair, touch_rate_per_s=5000)
+    pid = create(pair)
     pair.barriers.hold(Point.DESTINATION_BUILT)
     migration_id = pair.start()
     pair.barriers.wait_held(Point.DESTINATION_BUILT, HELD_S)

@@ -94,7 +94,7 @@ def check_lost(pair, migration_id):
 
 @cell("prepare-unreachable")
 def _(pair):
-    pair.source.create(memory_mib=32)
+    pair.source.create(memory_mib=32, touch_rate_per_s=2_000)
     pair.source.wait_populated()
     part(pair.destination.control_link)
     failed = pair.source.wait_final(pair.start())
