@@ -1,18 +1,18 @@
 """`migrate drain` empties a host, whatever becomes of the destinations, and of the command itself, meanwhile."""
 
 import contextlib
+import functools
 import json
 import signal
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from migrate.barriers import Point
 from migrate.v1 import types_pb2 as types
 from tests.harness.barriers import Barriers
-from tests.harness.daemons import DaemonProcess
+from tests.harness.daemons import DaemonProcess, together
 from tests.harness.tls_dirs import Certificates
 from tests.harness.waiting import wait_until
 
@@ -77,12 +77,8 @@ def hosts_under(directory, destinations=2, operator=None, **options):
         def start(name):
             return DaemonProcess(state_dir=directory / name, env=barriers.env, operator=operator, **options)
 
-        with ThreadPoolExecutor(len(names)) as pool:
-            starting = [pool.submit(start, name) for name in names]
-        for started in starting:
-            if started.exception() is None:
-                stack.callback(started.result().close)
-        source, *others = (started.result() for started in starting)
+        starting = together(*(functools.partial(start, name) for name in names))
+        source, *others = stack.enter_context(starting)
         yield Hosts(source, others, barriers)
 
 

@@ -1,11 +1,13 @@
 """Real daemons as separate processes, and short words for what tests do with them."""
 
 import contextlib
+import functools
 import json
 import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 
@@ -229,12 +231,18 @@ class DaemonProcess:
 
 
 @contextlib.contextmanager
+def together(*makers):
+    """Daemons, of which each maker starts one, that start at one time and are closed at one time."""
+    with ThreadPoolExecutor(len(makers)) as pool:
+        starting = [pool.submit(maker) for maker in makers]
+        try:
+            yield tuple(started.result() for started in starting)
+        finally:
+            closing = [pool.submit(started.result().close) for started in starting if started.exception() is None]
+            for closed in closing:
+                closed.result()
+
+
 def two_daemons(**options):
-    """A source and a destination on loopback."""
-    with contextlib.ExitStack() as stack:
-        made = []
-        for _ in range(2):
-            daemon = DaemonProcess(**options)
-            stack.callback(daemon.close)
-            made.append(daemon)
-        yield tuple(made)
+    """A source and a destination on loopback, until the context is left."""
+    return together(*[functools.partial(DaemonProcess, **options)] * 2)

@@ -1,6 +1,7 @@
 """Two daemons whose guests and migrations outlive them, and the barriers at which they can be held."""
 
 import contextlib
+import functools
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from migrate.guest.client import GuestClient
 from migrate.v1 import types_pb2 as types
 from tests.harness.barriers import Barriers
 from tests.harness.chaos_watch import CopiesWatch
-from tests.harness.daemons import DaemonProcess
+from tests.harness.daemons import DaemonProcess, together
 from tests.harness.processes import end_guests
 from tests.harness.proxied import ProxiedDaemon
 from tests.harness.waiting import wait_until
@@ -132,14 +133,5 @@ def recoverable_pair(directory, *, proxied=False, keep_logs=False, of_destinatio
             chosen = {"state_dir": directory / name, "log": log, **options, **of_one[name]}
             return kind(env=barriers.env, **chosen)
 
-        with ThreadPoolExecutor(2) as pool:
-            starting = [pool.submit(start, name) for name in ("source", "destination")]
-        stack.callback(_close, [started.result() for started in starting if started.exception() is None])
-        yield Pair(*(started.result() for started in starting), barriers, directory)
-
-
-def _close(daemons):
-    """All at one time; what went wrong with any of them is raised."""
-    with ThreadPoolExecutor(len(daemons) or 1) as pool:
-        for closing in [pool.submit(daemon.close) for daemon in daemons]:
-            closing.result()
+        starting = together(*(functools.partial(start, name) for name in ("source", "destination")))
+        yield Pair(*stack.enter_context(starting), barriers, directory)
