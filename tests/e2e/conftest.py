@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.harness.daemons import DaemonProcess, two_daemons
+from tests.harness.daemons import DaemonProcess, close_together, two_daemons
 from tests.harness.tls_dirs import Certificates
 
 
@@ -49,5 +49,4 @@ def start_daemon(certificates, tmp_path):
         return daemon
 
     yield start
-    for daemon in started:
-        daemon.close()
+    close_together(started)

@@ -238,9 +238,14 @@ def together(*makers):
         try:
             yield tuple(started.result() for started in starting)
         finally:
-            closing = [pool.submit(started.result().close) for started in starting if started.exception() is None]
-            for closed in closing:
-                closed.result()
+            close_together([started.result() for started in starting if started.exception() is None])
+
+
+def close_together(daemons):
+    """Close daemons at one time; what went wrong with any of them is raised."""
+    with ThreadPoolExecutor(len(daemons) or 1) as pool:
+        for closed in [pool.submit(daemon.close) for daemon in daemons]:
+            closed.result()
 
 
 def two_daemons(**options):
