@@ -27,12 +27,6 @@ AT_ONCE_S = 2.5
 LOST = "GuestLostError"
 
 
-@pytest.fixture
-def pair(spares, request):
-    with spares.pair(request, keep_logs=True) as made:
-        yield made
-
-
 def start_slow(pair, kind="kvm", **terms):
     """A guest in the middle of postcopy, with its faults flowing; the migration."""
     pair.source.create(kind=kind, memory_mib=64, vcpus=2, touch_rate_per_s=500)

@@ -1,6 +1,7 @@
 """Pairs of daemons that are made while the test before runs: each test has new ones, and does not wait for them."""
 
 import contextlib
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 from tests.harness.recoverable import recoverable_pair
@@ -27,10 +28,15 @@ class Spares:
             self._drop(spare)
             spare = self._begin(options)
         stack, made = spare[1].result()
-        with stack:
-            if _is_wanted_next(request):
-                self._spare = self._begin(options)
-            yield made
+        try:
+            with stack:
+                if _is_wanted_next(request):
+                    self._spare = self._begin(options)
+                yield made
+        finally:
+            # With pytest's own stderr, it would be said in the test before, or in none.
+            for daemon in (made.source, made.destination):
+                sys.stderr.write(daemon.log.read_text(errors="replace"))
 
     def close(self):
         self._drop(self._spare)
@@ -41,7 +47,7 @@ class Spares:
 
     def _make(self, options):
         with contextlib.ExitStack() as stack:
-            made = stack.enter_context(recoverable_pair(self._make_directory(), **options))
+            made = stack.enter_context(recoverable_pair(self._make_directory(), keep_logs=True, **options))
             return stack.pop_all(), made
 
     def _drop(self, spare):
