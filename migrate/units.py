@@ -81,8 +81,9 @@ def parse_duration_us(text: str) -> int:
 def format_bytes(count_bytes: float) -> str:
     """Write a size for people: `1.5 GiB`."""
     for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count_bytes) < 1 << 10:
-            return f"{count_bytes:.0f} {unit}" if unit == "B" else f"{count_bytes:.1f} {unit}"
+        digits = 0 if unit == "B" else 1
+        if abs(round(count_bytes, digits)) < 1 << 10:
+            return f"{count_bytes:.{digits}f} {unit}"
         count_bytes /= 1 << 10
     return f"{count_bytes:.1f} TiB"
 
