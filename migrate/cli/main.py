@@ -1,5 +1,7 @@
 """The entry point: collects the commands and turns errors into words and exit codes."""
 
+import codecs
+import io
 import os
 import sys
 from typing import Any
@@ -19,6 +21,9 @@ from migrate.cli.render import EXIT_FAILED, EXIT_PAUSED
 from migrate.cli.tls import tls
 from migrate.cli.trace import trace
 from migrate.errors import MigrateError, PostcopyPausedError
+
+# What stands for the signs that our words have, where stdout or stderr cannot show them.
+_PLAIN_SIGNS = {"µ": "u", "→": "->", "…": "..."}
 
 
 class _MigrateGroup(click.Group):
@@ -60,6 +65,10 @@ main.add_command(trace)
 
 def run() -> None:
     """Run the command as a process of its own."""
+    codecs.register_error("plain", _plain_signs)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="plain")
     try:
         main(prog_name="migrate")
     except SystemExit as exit_request:
@@ -69,3 +78,11 @@ def run() -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(exit_request.code)
+
+
+def _plain_signs(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    signs = error.object[error.start : error.end]
+    escaped = (_PLAIN_SIGNS.get(sign) or sign.encode("ascii", "backslashreplace").decode() for sign in signs)
+    return "".join(escaped), error.end

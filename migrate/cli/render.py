@@ -47,7 +47,7 @@ def stdout_console() -> Console:
 
 def print_json(value: Any) -> None:
     """Print a value as JSON on one line of stdout."""
-    click.echo(json.dumps(value, ensure_ascii=False))
+    click.echo(json.dumps(value, ensure_ascii=not sys.stdout.encoding.lower().startswith("utf")))
 
 
 def migration_json(migration: types_pb2.Migration) -> dict[str, Any]:

@@ -1,6 +1,10 @@
 """How failures reach the person at the keyboard: words, exit codes, and no proxy between."""
 
+import json
+import os
 import socket
+import subprocess
+import sys
 
 import grpc
 import pytest
@@ -9,7 +13,7 @@ from migrate.client import Client, connection
 from migrate.errors import ChannelError, GuestHolder
 from migrate.v1 import types_pb2
 from tests.harness.cli import run
-from tests.harness.fake_daemon import FakeDaemon, serve
+from tests.harness.fake_daemon import FakeDaemon, make_migration, serve
 
 
 @pytest.fixture
@@ -148,3 +152,20 @@ def test_undecodable_error_info_falls_back_to_the_status():
 
     assert error.message == "the daemon at 127.0.0.1:1 answered INTERNAL: torn"
     assert error.holder is GuestHolder.UNSPECIFIED
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_what_cannot_be_shown_is_said_in_other_signs(daemon, encoding):
+    error = types_pb2.ErrorInfo(type="MigrateError", message="2 → 3 Ω")
+    daemon.watched = [make_migration(error=error)]
+    told = {}
+    for form in ("words", "json"):
+        options = ["--daemon", daemon.address, *(["--json"] if form == "json" else [])]
+        command = [sys.executable, "-m", "migrate", "status", "m-1", "--watch", *options]
+        env = {**os.environ, "PYTHONIOENCODING": encoding, "NO_COLOR": "1"}
+        told[form] = subprocess.run(command, capture_output=True, env=env, check=True, timeout=30)
+
+    words = told["words"].stdout.decode(encoding)
+    assert ("p50 1 us" if encoding == "ascii" else "p50 1 µs") in words
+    assert "2 -> 3 \\u03a9" in words
+    assert json.loads(told["json"].stdout)["error"]["message"] == "2 → 3 Ω"
