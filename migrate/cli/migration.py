@@ -197,7 +197,7 @@ def _detaching(daemon: DaemonAt, migration_id: str) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         again = command_for(daemon, "status", migration_id, "--watch")
-        click.echo(f"migrate: detached; migration {migration_id} goes on, look again with `{again}`", err=True)
+        click.echo(f"migrate: detached; the migration goes on; look again with\n  {again}", err=True)
         sys.exit(EXIT_INTERRUPTED)
 
 

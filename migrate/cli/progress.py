@@ -131,7 +131,7 @@ class LiveReporter:
 
 @contextmanager
 def progress_reporter(asked: str = "", hint: str = "") -> Iterator[Reporter]:
-    """The reporter that fits stderr; what it draws goes away at the end.
+    """The reporter that fits stderr; what it draws is on a screen of its own, which goes away at the end.
 
     Args:
         asked: Address of the daemon that tells of a migration.
@@ -141,5 +141,10 @@ def progress_reporter(asked: str = "", hint: str = "") -> Iterator[Reporter]:
     if not sys.stderr.isatty() or console.is_dumb_terminal:
         yield PlainReporter()
         return
-    with Live(console=console, refresh_per_second=_DRAWINGS_PER_S, transient=True) as live:
-        yield LiveReporter(live, asked, hint)
+    # Drawn among other lines, it would leave pieces of itself whenever the terminal is resized.
+    with Live(console=console, refresh_per_second=_DRAWINGS_PER_S, screen=True) as live:
+        try:
+            yield LiveReporter(live, asked, hint)
+        finally:
+            # A terminal may have but one screen.
+            live.update("", refresh=True)

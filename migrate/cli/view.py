@@ -1,10 +1,14 @@
-"""One migration as it goes, drawn for a terminal: 80 columns are enough, and colour says nothing that glyphs do not."""
+"""One migration as it goes, drawn for a terminal: 80 columns are enough, and colour says nothing that glyphs do not.
+
+On a narrower one the lines are broken between facts, never within one.
+"""
 
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
@@ -16,6 +20,7 @@ from migrate.v1 import types_pb2 as types
 
 _LABEL_COLUMNS = 9
 _BAR_COLUMNS = 32
+_BAR_COLUMNS_MIN = 8
 _MAP_ROWS = 2
 _SHARE_MAX = 255
 _HEAT = ("green", "yellow", "dark_orange", "red", "bright_red")
@@ -55,6 +60,31 @@ _UNICODE = _Glyphs("█", "░", "✓", "▸", "·", "→", "µ", "·░▒▓�
 _ASCII = _Glyphs("#", ".", "+", ">", "-", "->", "u", ".:+%#")
 
 
+@dataclass(frozen=True, slots=True)
+class _Fact:
+    """A label and what it says, in parts that stay whole where a line is too short for all of them.
+
+    Attributes:
+        between: What stands between two parts; at the end of a line, without its spaces.
+    """
+
+    label: str
+    parts: Sequence[Text]
+    between: str = ", "
+
+    def lines(self, columns: int) -> list[Text]:
+        """As few lines as will do."""
+        mark = self.between.rstrip()
+        gap = self.between[len(mark) :]
+        lines = [Text()]
+        for number, part in enumerate(self.parts):
+            marked = part.copy().append(mark if number < len(self.parts) - 1 else "")
+            if lines[-1] and lines[-1].cell_len + cell_len(gap) + marked.cell_len > columns:
+                lines.append(Text())
+            lines[-1].append(gap if lines[-1] else "").append_text(marked)
+        return lines
+
+
 class MigrationView:
     """Draws the migration that was shown last; its clock ticks on between.
 
@@ -85,46 +115,49 @@ class MigrationView:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         glyphs = _ASCII if options.ascii_only else _UNICODE
+        columns = max(1, options.max_width - _LABEL_COLUMNS)
         with self._lock:
-            lines = list(self._lines(glyphs, options.max_width - _LABEL_COLUMNS))
-        for label, line in lines:
-            text = Text.assemble((f"{label:<{_LABEL_COLUMNS}}", "bold"), line)
-            text.no_wrap, text.overflow = label != "error", "crop" if options.ascii_only else "ellipsis"
-            yield text
+            facts = list(self._facts(glyphs, columns))
+        for fact in facts:
+            for number, line in enumerate(fact.lines(columns)):
+                text = Text.assemble((f"{'' if number else fact.label:<{_LABEL_COLUMNS}}", "bold"), line)
+                text.no_wrap, text.overflow = True, "crop" if options.ascii_only else "ellipsis"
+                yield text
 
-    def _lines(self, glyphs: _Glyphs, columns: int) -> Iterator[tuple[str, Text]]:
+    def _facts(self, glyphs: _Glyphs, columns: int) -> Iterator[_Fact]:
         migration = self._migration
         machine = f"{guest_kind_word(migration.guest_kind)}, {format_bytes(migration.memory_bytes)}"
-        yield "guest", _plain(f"{migration.guest} ({machine}), migration {migration.migration_id}")
+        yield _plain("guest", f"{migration.guest} ({machine})", f"migration {migration.migration_id}")
         ends = (self._asked, migration.peer)
         source, destination = ends if migration.side != types.MIGRATION_SIDE_DESTINATION else ends[::-1]
-        yield "hosts", _plain(f"{source or '?'} {glyphs.arrow} {destination or '?'}")
-        yield "phase", _phases(migration, glyphs)
-        yield "time", _plain(self._times(glyphs))
-        yield "pages", _bar(migration.pages, glyphs)
-        yield "", _plain(_kinds(migration.pages))
+        yield _plain("hosts", source or "?", destination or "?", between=f" {glyphs.arrow} ")
+        yield _Fact("phase", _phases(migration, glyphs), "  ")
+        yield _plain("time", *self._times(glyphs))
+        yield _Fact("pages", _bar(migration.pages, glyphs, columns), " ")
+        yield _plain("", *_kinds(migration.pages))
         rows = heat_map(self._map, columns, _MAP_ROWS)
         for label, shares in zip(("missing", ""), rows, strict=False):
-            yield label, _heat(shares, glyphs)
-        yield "", _plain(f"{glyphs.shares[0]} none  {' '.join(glyphs.shares[1:-1])} some  {glyphs.shares[-1]} all")
-        rate = f"{format_bytes(self._pace.wire_bytes_per_s)}/s on the wire, {self._pace.pages_per_s:,.0f} pages/s"
-        yield "rate", _plain(rate)
-        yield "urgent", _plain(_latencies(migration, glyphs))
+            yield _Fact(label, [_heat(shares, glyphs)])
+        legend = f"{glyphs.shares[0]} none", f"{' '.join(glyphs.shares[1:-1])} some", f"{glyphs.shares[-1]} all"
+        yield _plain("", *legend, between="  ")
+        wire, pages = format_bytes(self._pace.wire_bytes_per_s), f"{self._pace.pages_per_s:,.0f}"
+        yield _plain("rate", f"{wire}/s on the wire", f"{pages} pages/s")
+        yield _plain("urgent", *_latencies(migration, glyphs), between="  ")
         if migration.HasField("error"):
-            yield "error", Text(f"{migration.error.message}; {GuestHolder(migration.holder).describe()}", style="red")
+            words = f"{migration.error.message}; {GuestHolder(migration.holder).describe()}".split()
+            yield _Fact("error", [Text(word, style="red") for word in words], " ")
         if self._hint:
-            yield "", Text(self._hint, style="dim")
+            yield _Fact("", [Text(word, style="dim") for word in self._hint.split()], " ")
 
-    def _times(self, glyphs: _Glyphs) -> str:
+    def _times(self, glyphs: _Glyphs) -> Iterator[str]:
         migration = self._migration
         since_us = 0.0 if migration.state in FINAL_STATES else (time.monotonic() - self._shown_s) * 1_000_000
-        words = [f"{(migration.total_us + since_us) / 1_000_000:.1f} s"]
+        yield f"{(migration.total_us + since_us) / 1_000_000:.1f} s"
         if migration.state not in FINAL_STATES and migration.pages.total:
             left_us = self._pace.left_us
-            words.append("left unknown: no pages come" if left_us is None else f"about {_seconds(left_us)} left")
+            yield "left unknown: no pages come" if left_us is None else f"about {_seconds(left_us)} left"
         if migration.downtime_us:
-            words.append(f"downtime {_duration(migration.downtime_us, glyphs)}")
-        return ", ".join(words)
+            yield f"downtime {_duration(migration.downtime_us, glyphs)}"
 
 
 def heat_map(shares: bytes, columns: int, rows: int) -> list[list[int]]:
@@ -147,7 +180,7 @@ def heat_map(shares: bytes, columns: int, rows: int) -> list[list[int]]:
 
 def _heat(shares: Sequence[int], glyphs: _Glyphs) -> Text:
     if not shares:
-        return _plain("not known")
+        return Text("not known", style="default")
     text = Text()
     for share in shares:
         level = 0 if share == 0 else len(_HEAT) - 1 if share == _SHARE_MAX else 1 + share * 3 // (_SHARE_MAX + 1)
@@ -155,7 +188,7 @@ def _heat(shares: Sequence[int], glyphs: _Glyphs) -> Text:
     return text
 
 
-def _phases(migration: types.Migration, glyphs: _Glyphs) -> Text:
+def _phases(migration: types.Migration, glyphs: _Glyphs) -> list[Text]:
     state = migration.state
     here = _DETOURS.get(state, state)
     phases = [
@@ -165,38 +198,43 @@ def _phases(migration: types.Migration, glyphs: _Glyphs) -> Text:
     ]
     if here not in phases:
         # It has left the way: only where it is now is worth saying.
-        return Text(f"{glyphs.now} {state_word(state)}", style="bold")
-    text = Text()
+        return [Text(f"{glyphs.now} {state_word(state)}", style="bold")]
+    words = []
     for phase in phases:
         is_past = phases.index(phase) < phases.index(here) or here == types.MIGRATION_STATE_COMPLETED
         mark = glyphs.done if is_past else glyphs.now if phase == here else glyphs.ahead
         word = state_word(state if phase == here else phase)
-        text.append(f"{mark} {word}  ", style="bold" if phase == here else "" if is_past else "dim")
-    return text
+        words.append(Text(f"{mark} {word}", style="bold" if phase == here else "default" if is_past else "dim"))
+    return words
 
 
-def _bar(pages: types.PageCounts, glyphs: _Glyphs) -> Text:
+def _bar(pages: types.PageCounts, glyphs: _Glyphs, columns: int) -> list[Text]:
     share = pages_present(pages) / pages.total if pages.total else 0.0
-    full = int(share * _BAR_COLUMNS)
-    text = Text(glyphs.full * full, style="green").append(glyphs.empty * (_BAR_COLUMNS - full), style="dim")
     # 100% is for the last page.
-    percent = int(share * 100)
-    return text.append(f" {percent}%, {missing_pages(pages):,} of {pages.total:,} missing", style="default")
+    words = f"{int(share * 100)}%, {missing_pages(pages):,} of {pages.total:,} missing"
+    # As long as there is room beside the longest words, so that it keeps its length.
+    beside = columns - cell_len(f" 100%, {pages.total:,} of {pages.total:,} missing")
+    length = min(_BAR_COLUMNS, beside if beside >= _BAR_COLUMNS_MIN else columns)
+    full = int(share * length)
+    bar = Text(glyphs.full * full, style="green").append(glyphs.empty * (length - full), style="dim")
+    return [bar, Text(words, style="default")]
 
 
-def _kinds(pages: types.PageCounts) -> str:
-    names = ("zero", "precopy", "urgent", "background")
-    words = ", ".join(f"{getattr(pages, name):,} {name}" for name in names)
-    return words + (f", {pages.stale:,} stale" if pages.stale else "")
+def _kinds(pages: types.PageCounts) -> Iterator[str]:
+    for name in ("zero", "precopy", "urgent", "background"):
+        yield f"{getattr(pages, name):,} {name}"
+    if pages.stale:
+        yield f"{pages.stale:,} stale"
 
 
-def _latencies(migration: types.Migration, glyphs: _Glyphs) -> str:
+def _latencies(migration: types.Migration, glyphs: _Glyphs) -> Iterator[str]:
     live = migration.live.fault_latency_us
     if not live.count:
-        return "none in the last second"
-    parts = (("p50", live.p50), ("p99", live.p99), ("max", live.max))
-    words = "  ".join(f"{name} {_duration(value, glyphs)}" for name, value in parts)
-    return f"{words}  ({live.count:,} in the last second)"
+        yield "none in the last second"
+        return
+    for name, value in (("p50", live.p50), ("p99", live.p99), ("max", live.max)):
+        yield f"{name} {_duration(value, glyphs)}"
+    yield f"({live.count:,} in the last second)"
 
 
 def _duration(duration_us: float, glyphs: _Glyphs) -> str:
@@ -212,5 +250,5 @@ def _seconds(duration_us: float) -> str:
     return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
-def _plain(words: str) -> Text:
-    return Text(words, style="default")
+def _plain(label: str, *parts: str, between: str = ", ") -> _Fact:
+    return _Fact(label, [Text(part, style="default") for part in parts], between)

@@ -287,7 +287,7 @@ def test_start_interrupt_detaches(daemon, monkeypatch):
 
     assert result.exit_code == 130
     assert result.stdout == ""
-    assert "detached; migration m-1 goes on, look again with `migrate status m-1 --watch`" in result.stderr
+    assert "detached; the migration goes on; look again with\n  migrate status m-1 --watch\n" in result.stderr
 
 
 def test_status_shows_the_one_asked_for(daemon):

@@ -29,6 +29,7 @@ LIVE = types.LiveFigures(
 )
 PAGES = {"total": 262_144, "zero": 131_072, "precopy": 0, "urgent": 1_072, "background": 20_000}
 DEADLINE_S = 20
+CSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 def moving(state=types.MIGRATION_STATE_POSTCOPY, *, total_us=S, wire_bytes=0, live=LIVE, pages=(), **fields):
@@ -48,7 +49,7 @@ def drawn(*migrations, width=80, ascii_only=False, color=False):
 
 
 def plain(text):
-    return re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()
+    return CSI.sub("", text).splitlines()
 
 
 # ---- rates ----
@@ -152,15 +153,38 @@ def test_view_of_a_terminal_that_has_only_ascii():
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 120, 200])
-def test_view_fits_any_width(width):
+@pytest.mark.parametrize("ascii_only", [False, True])
+def test_view_fits_any_width_and_leaves_nothing_out(width, ascii_only):
     error = types.ErrorInfo(type="ChannelError", message="the source does not answer " * 3)
-    migration = moving(types.MIGRATION_STATE_POSTCOPY_PAUSED, error=error, holder=types.GUEST_HOLDER_SPLIT)
+    pages = {"background": 28_000, "stale": 12_345}
+    migration = moving(
+        types.MIGRATION_STATE_POSTCOPY_PAUSED,
+        error=error,
+        holder=types.GUEST_HOLDER_SPLIT,
+        mode=types.MIGRATION_MODE_HYBRID,
+        pages=pages,
+    )
 
-    lines = plain(drawn(migration, width=width))
+    lines = plain(drawn(migration, width=width, ascii_only=ascii_only))
 
     assert max(len(line) for line in lines) <= width
-    assert "pages on both hosts" in " ".join(" ".join(lines).split())
-    assert len(lines[7]) == width
+    rows = [line for line in lines if re.fullmatch(r"(missing| {7})  [·░▒▓█.:+%#]+", line)]
+    assert [len(row) for row in rows] == [width, width]
+    words = " ".join(line[9:] for line in lines if line not in rows).split()
+    wide = " ".join(line[9:] for line in plain(drawn(migration, width=300, ascii_only=ascii_only))).split()
+    assert [word for word in words if word[0] not in "█#"] == [
+        word for word in wide if not re.match(r"[█#]|.{200}", word)
+    ]
+    bar = next(word for word in words if word[0] in "█#" and len(word) > 1)
+    assert 8 <= len(bar) <= 32
+
+
+def test_view_breaks_a_line_between_facts():
+    lines = [line.rstrip() for line in plain(drawn(moving(mode=types.MIGRATION_MODE_HYBRID), width=60))]
+
+    assert lines[2:4] == ["phase    ✓ setup  ✓ precopy  ✓ switchover  ▸ postcopy", " " * 9 + "· completed"]
+    assert lines[5] == "pages    ██████████░░░░░░░░ 58%, 110,000 of 262,144 missing"
+    assert lines[6:8] == ["         131,072 zero, 0 precopy, 1,072 urgent,", "         20,000 background"]
 
 
 @pytest.mark.parametrize(
@@ -262,7 +286,7 @@ def test_ctrl_c_says_how_to_look_again(daemon, monkeypatch, options, more):
 
     assert result.exit_code == 130
     assert result.stderr == (
-        f"migrate: detached; migration m-1 goes on, look again with `migrate status m-1 --watch{more}`\n".format(
+        f"migrate: detached; the migration goes on; look again with\n  migrate status m-1 --watch{more}\n".format(
             daemon.address
         )
     )
@@ -286,12 +310,12 @@ class Endless(FakeDaemon):
 
 
 def read_until(descriptor, words):
-    """What a terminal is told, until it has some words."""
+    """What a terminal is told, until it has some words; without escapes."""
     told, end_s = b"", time.monotonic() + DEADLINE_S
-    while words not in told.decode(errors="ignore"):
+    while words not in CSI.sub("", told.decode(errors="ignore")):
         assert select.select([descriptor], [], [], max(0, end_s - time.monotonic()))[0], told
         told += os.read(descriptor, 65536)
-    return told.decode(errors="replace")
+    return CSI.sub("", told.decode(errors="replace"))
 
 
 @pytest.mark.parametrize("command", [("start", "alpha", "--to", "192.0.2.2:7400"), ("status", "m-1", "--watch")])
@@ -310,7 +334,7 @@ def test_on_a_terminal_it_is_drawn_and_ctrl_c_detaches(command):
             assert "▒" * 35 in told
             assert fake.requests[-1].live
             process.send_signal(signal.SIGINT)
-            read_until(terminal, "detached; migration m-1 goes on")
+            read_until(terminal, "detached; the migration goes on")
             assert process.wait(DEADLINE_S) == 130
             assert process.stdout.read() == b""
         finally:
