@@ -53,10 +53,12 @@ class PlainReporter:
     def report(self, label: str, done: int, total: int, note: str = "") -> None:
         """See Reporter."""
         step = done * _PLAIN_STEPS // total if total else 0
-        if (label, step) == self._last:
+        # Pages that become stale again take it back, which is worth no line.
+        if self._last is not None and self._last[0] == label and step <= self._last[1]:
             return
         self._last = (label, step)
-        share = f" {done / total:.0%}" if total else ""
+        # 100% is for the last of them.
+        share = f" {done * 100 // total}%" if total else ""
         click.echo(f"{label}{share}{f', {note}' if note else ''}", err=True)
 
     def show(self, migration: types_pb2.Migration) -> None:

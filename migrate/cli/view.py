@@ -32,6 +32,8 @@ _PHASES = (
     types.MIGRATION_STATE_POSTCOPY,
     types.MIGRATION_STATE_COMPLETED,
 )
+# What is left to do is a matter of pages that come.
+_WITHOUT_PAGES = FINAL_STATES | {types.MIGRATION_STATE_SETUP}
 _DETOURS = {
     types.MIGRATION_STATE_POSTCOPY_PAUSED: types.MIGRATION_STATE_POSTCOPY,
     types.MIGRATION_STATE_POSTCOPY_RECOVER: types.MIGRATION_STATE_POSTCOPY,
@@ -136,7 +138,7 @@ class MigrationView:
         yield _Fact("pages", _bar(migration.pages, glyphs, columns), " ")
         yield _plain("", *_kinds(migration.pages))
         rows = heat_map(self._map, columns, _MAP_ROWS)
-        for label, shares in zip(("missing", ""), rows, strict=False):
+        for label, shares in zip(("missing", ""), rows if self._map else [[]], strict=False):
             yield _Fact(label, [_heat(shares, glyphs)])
         legend = f"{glyphs.shares[0]} none", f"{' '.join(glyphs.shares[1:-1])} some", f"{glyphs.shares[-1]} all"
         yield _plain("", *legend, between="  ")
@@ -153,7 +155,7 @@ class MigrationView:
         migration = self._migration
         since_us = 0.0 if migration.state in FINAL_STATES else (time.monotonic() - self._shown_s) * 1_000_000
         yield f"{(migration.total_us + since_us) / 1_000_000:.1f} s"
-        if migration.state not in FINAL_STATES and migration.pages.total:
+        if migration.state not in _WITHOUT_PAGES and migration.pages.total:
             left_us = self._pace.left_us
             yield "left unknown: no pages come" if left_us is None else f"about {_seconds(left_us)} left"
         if migration.downtime_us:

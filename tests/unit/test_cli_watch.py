@@ -208,8 +208,14 @@ def test_view_without_a_map_says_so():
     """Of an older daemon, or before the destination has pages."""
     lines = plain(drawn(moving(live=None)))
 
-    assert lines[6].rstrip() == "missing  not known"
+    assert [line.rstrip() for line in lines[6:8]] == ["missing  not known", "         · none  ░ ▒ ▓ some  █ all"]
     assert "none in the last second" in "\n".join(lines)
+
+
+def test_view_expects_no_pages_before_the_first_phase_that_has_them():
+    lines = plain(drawn(moving(types.MIGRATION_STATE_SETUP, downtime_us=0)))
+
+    assert lines[3].rstrip() == "time     1.0 s"
 
 
 def test_view_keeps_the_last_map_and_clears_it_at_the_end():
@@ -234,6 +240,16 @@ def test_plain_lines_where_there_is_no_terminal(capsys):
             reporter.show(moving(pages={"background": background}))
 
     assert capsys.readouterr().err.splitlines() == ["postcopy 50%, 1,072 urgent", "postcopy 77%, 1,072 urgent"]
+
+
+def test_a_quarter_that_pages_go_back_to_is_told_once(capsys):
+    reporter = PlainReporter()
+    for done in (0, 249, 250, 249, 250, 499, 500, 999, 1000):
+        reporter.report("precopy", done, 1000)
+    reporter.report("switchover", 999, 1000)
+
+    said = ["precopy 0%", "precopy 25%", "precopy 50%", "precopy 99%", "precopy 100%", "switchover 99%"]
+    assert capsys.readouterr().err.splitlines() == said
 
 
 def test_json_lines_come_at_each_change_of_state_and_once_a_second(capsys):
