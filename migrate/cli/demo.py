@@ -28,7 +28,7 @@ from migrate.cli.params import (
     migration_terms,
 )
 from migrate.cli.progress import Reporter, progress_reporter
-from migrate.cli.render import EXIT_FAILED, migration_detail, migration_json, print_json, stdout_console
+from migrate.cli.render import EXIT_FAILED, migration_detail, migration_json, print_json, print_table
 from migrate.cli.tracing import TraceToFile, trace_option
 from migrate.client import Client, pages_present
 from migrate.errors import CallFailedError, MigrateError
@@ -75,7 +75,7 @@ def demo(name: str, trace: Path | None, as_json: bool, **options: Unpack[_DemoOp
     if as_json:
         print_json(migration_json(migration))
     else:
-        stdout_console().print(migration_detail(migration))
+        print_table(migration_detail(migration))
     finish(migration)
     for flaw in _flaws(migration):
         click.echo(f"migrate: {flaw}", err=True)

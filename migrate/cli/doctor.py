@@ -9,7 +9,7 @@ import click
 from rich.table import Table
 
 from migrate.cli.params import json_option
-from migrate.cli.render import EXIT_FAILED, print_json, stdout_console
+from migrate.cli.render import EXIT_FAILED, print_json, print_table
 from migrate.errors import ConfigError
 from migrate.guest.probe import ALL_KINDS, Check, HostCapabilities, probe_host
 
@@ -83,7 +83,6 @@ def _check_tls_dir(path: Path) -> tuple[Check, ...]:
 
 
 def _print_report(host: HostCapabilities) -> None:
-    console = stdout_console()
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True)
@@ -92,11 +91,11 @@ def _print_report(host: HostCapabilities) -> None:
         table.add_row(_verdict(check), check.name, check.detail)
         if check.remedy:
             table.add_row("", "", f"[dim]→[/dim] {check.remedy}")
-    console.print(table)
+    print_table(table)
     *others, last = host.guest_kinds or ("none",)
     kinds = f"{', '.join(others)} and {last}" if others else last
     verdict = f"Guests of kind {kinds} can move here." if host.guest_kinds else "No kind of guest can move here."
-    console.print(f"\n{verdict}")
+    click.echo(f"\n{verdict}")
 
 
 def _verdict(check: Check) -> str:

@@ -21,7 +21,7 @@ from migrate.cli.params import (
     migration_terms,
     tls_dir_option,
 )
-from migrate.cli.render import EXIT_FAILED, EXIT_PAUSED, print_json, stdout_console
+from migrate.cli.render import EXIT_FAILED, EXIT_PAUSED, print_json, print_table
 from migrate.units import format_duration_us
 
 
@@ -82,7 +82,7 @@ def drain(
     if as_json:
         print_json(_json(source, destinations, moves))
     else:
-        stdout_console().print(_table(moves))
+        print_table(_table(moves))
     outcomes = {move.outcome for move in moves}
     if Outcome.FAILED in outcomes:
         sys.exit(EXIT_FAILED)

@@ -21,9 +21,9 @@ from migrate.cli.render import (
     guest_json,
     guest_table,
     print_json,
+    print_table,
     statistics_detail,
     statistics_json,
-    stdout_console,
 )
 from migrate.client import guest_state_word
 from migrate.v1 import types_pb2
@@ -89,7 +89,7 @@ def list_guests(daemon: DaemonAt, as_json: bool) -> None:
     if as_json:
         print_json([guest_json(item) for item in guests])
     else:
-        stdout_console().print(guest_table(guests))
+        print_table(guest_table(guests))
 
 
 @guest.command()
@@ -103,7 +103,7 @@ def show(name: str, daemon: DaemonAt, as_json: bool) -> None:
     if as_json:
         print_json(guest_json(found))
     else:
-        stdout_console().print(guest_detail(found))
+        print_table(guest_detail(found))
 
 
 @guest.command()
@@ -118,7 +118,7 @@ def stats(name: str, audit: bool, daemon: DaemonAt, as_json: bool) -> None:
     if as_json:
         print_json(statistics_json(statistics))
     else:
-        stdout_console().print(statistics_detail(statistics))
+        print_table(statistics_detail(statistics))
 
 
 @guest.command()

@@ -17,7 +17,7 @@ from migrate.cli.render import (
     migration_status_json,
     migration_table,
     print_json,
-    stdout_console,
+    print_table,
 )
 from migrate.errors import MigrateError
 from migrate.v1 import types_pb2 as types
@@ -54,7 +54,7 @@ def list_migrations(daemons: tuple[str, ...], tls_dir: Path | None, peers: bool,
         if as_json:
             print_json([migration_status_json(item) for item in migrations])
         else:
-            stdout_console().print(migration_table(migrations))
+            print_table(migration_table(migrations))
         return
     asked = _ask(dict.fromkeys(daemons), tls_dir)
     if peers:
@@ -75,7 +75,7 @@ def list_migrations(daemons: tuple[str, ...], tls_dir: Path | None, peers: bool,
             ]
         )
     else:
-        stdout_console().print(ends_table(ends))
+        print_table(ends_table(ends))
     for error in asked.errors.values():
         click.echo(f"migrate: {error}", err=True)
     if asked.errors.keys() & set(daemons):

@@ -28,7 +28,7 @@ from migrate.cli.render import (
     migration_json,
     migration_status_json,
     print_json,
-    stdout_console,
+    print_table,
 )
 from migrate.cli.tracing import TraceToFile, trace_option
 from migrate.client import Client
@@ -84,7 +84,7 @@ def start(
     if as_json:
         print_json(migration_json(final))
     else:
-        stdout_console().print(migration_detail(final))
+        print_table(migration_detail(final))
     finish(final)
 
 
@@ -108,7 +108,7 @@ def status(migration: str | None, watch: bool, daemon: DaemonAt, as_json: bool) 
     if as_json:
         print_json(migration_status_json(found))
     else:
-        stdout_console().print(migration_detail(found))
+        print_table(migration_detail(found))
 
 
 @click.command()
@@ -134,7 +134,7 @@ def cancel(migration: str | None, daemon: DaemonAt, as_json: bool) -> None:
     if as_json:
         print_json(migration_status_json(cancelled))
     else:
-        stdout_console().print(migration_detail(cancelled))
+        print_table(migration_detail(cancelled))
 
 
 @click.command()
@@ -153,7 +153,7 @@ def recover(migration: str | None, to: str | None, daemon: DaemonAt, as_json: bo
     if as_json:
         print_json(migration_status_json(found))
     else:
-        stdout_console().print(migration_detail(found))
+        print_table(migration_detail(found))
     if found.state in (types_pb2.MIGRATION_STATE_POSTCOPY_PAUSED, types_pb2.MIGRATION_STATE_FAILED):
         finish(found)
 

@@ -6,7 +6,7 @@ import click
 from rich.table import Table
 
 from migrate.cli.params import json_option
-from migrate.cli.render import print_json, stdout_console
+from migrate.cli.render import print_json, print_table
 from migrate.errors import ConfigError
 from migrate.pager.orders import OrderSource, installed_orders
 
@@ -37,7 +37,7 @@ def policies(as_json: bool) -> None:
         table.add_row(
             source.name, f"{source.package} {source.package_version}", source.where, row.error or row.description
         )
-    stdout_console().print(table)
+    print_table(table)
 
 
 def _row(source: OrderSource) -> _Row:

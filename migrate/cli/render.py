@@ -1,6 +1,7 @@
 """How guests and migrations look: as tables for people, as JSON for scripts."""
 
 import json
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -40,9 +41,17 @@ class End:
     why_unknown: str = ""
 
 
-def stdout_console() -> Console:
+def _stdout_console() -> Console:
     """A console on stdout. Colour only on a terminal, and not where NO_COLOR is set."""
     return Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else _PIPE_COLUMNS)
+
+
+def print_table(table: Table) -> None:
+    """Print a table on stdout, each line as long as its words: more would break lines where they are shorter."""
+    console = _stdout_console()
+    with console.capture() as printed:
+        console.print(table)
+    sys.stdout.write(re.sub(r" +$", "", printed.get(), flags=re.MULTILINE))
 
 
 def print_json(value: Any) -> None:

@@ -8,7 +8,7 @@ import click
 from rich.table import Table
 
 from migrate.cli.params import json_option
-from migrate.cli.render import print_json, stdout_console
+from migrate.cli.render import print_json, print_table
 
 if TYPE_CHECKING:
     from migrate.tls import Identity
@@ -83,14 +83,13 @@ def show(file_or_directory: Path, as_json: bool) -> None:
     if as_json:
         print_json([_json(identity) for identity in identities])
         return
-    console = stdout_console()
     for identity in identities:
         table = Table(box=None, pad_edge=False, show_header=False)
         table.add_column(no_wrap=True)
         table.add_column(overflow="fold")
         for word, value in _rows(identity):
             table.add_row(word, value)
-        console.print(table)
+        print_table(table)
 
 
 def _json(identity: "Identity") -> dict[str, Any]:

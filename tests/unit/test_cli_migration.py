@@ -409,3 +409,10 @@ def test_list(daemon):
 
     assert [line.split()[0] for line in result.stdout.splitlines()] == ["MIGRATION", "m-1", "m-2"]
     assert ids == ["m-1", "m-2"]
+
+
+def test_lines_of_a_pipe_are_as_long_as_their_words(daemon):
+    for words in (("list",), ("status", "m-1"), ("guest", "list"), ("doctor",)):
+        lines = run(*words, daemon=daemon).stdout.splitlines()
+        assert len(lines) > 1
+        assert lines == [line.rstrip() for line in lines]
