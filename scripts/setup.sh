@@ -4,7 +4,7 @@
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=$ROOT/.venv
 DEMO_PACKAGES=(gcc pkg-config python3-dev python3-venv libxxhash-dev libnghttp2-dev libssl-dev libzstd-dev)
-TEST_PACKAGES=("${DEMO_PACKAGES[@]}" iproute2 qemu-system-x86 chromium chromium-driver)
+TEST_PACKAGES=("${DEMO_PACKAGES[@]}" iproute2 qemu-system-x86 tmux chromium chromium-driver)
 SANITIZE_PACKAGES=(clang libclang-rt-dev)
 PYTHON_PROBE='
 import ensurepip, os, sys, sysconfig, venv

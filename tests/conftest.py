@@ -1,6 +1,7 @@
-"""Skips with their reasons, which MIGRATE_TEST_REQUIRE=kvm,uffd,qemu,root turns into failures; hypothesis profiles."""
+"""Skips with their reasons, which MIGRATE_TEST_REQUIRE=kvm,uffd,tmux,root turns into failures; hypothesis profiles."""
 
 import os
+import shutil
 import signal
 
 import pytest
@@ -37,7 +38,11 @@ def _why_not_root() -> str | None:
     return None if os.geteuid() == 0 else "not root"
 
 
-_PROBES = {"kvm": _why_no_kvm, "uffd": _why_no_uffd, "root": _why_not_root}
+def _why_no_tmux() -> str | None:
+    return None if shutil.which("tmux") else "it is not installed"
+
+
+_PROBES = {"kvm": _why_no_kvm, "uffd": _why_no_uffd, "tmux": _why_no_tmux, "root": _why_not_root}
 
 
 def pytest_collection_modifyitems(items):

@@ -1,5 +1,9 @@
-"""Watching a migration at both ends: the map of missing pages and the fault latencies of now, and only for who asks."""
+"""Watching a migration at both ends: the map of missing pages and the fault latencies of now, and only for who asks.
 
+And what people see of it: in a tmux pane, with and without colour, resized, and after it.
+"""
+
+import re
 from contextlib import closing
 
 import pytest
@@ -7,21 +11,36 @@ import pytest
 from migrate.client import Client, pages_present
 from migrate.v1 import types_pb2 as types
 from tests.harness import cli
+from tests.harness.documented import FENCE, ROOT, agrees
 from tests.harness.operator import check_runs
+from tests.harness.tmux import pane
 from tests.harness.waiting import wait_until
 
 pytestmark = pytest.mark.uffd
 MEMORY_MIB = 24
 SLOW_BYTES_PER_S = 6 << 20
+# Time to start a command, and to look at what it draws, on a machine that has other things to do.
+VERY_SLOW_BYTES_PER_S = 3 << 20
+at_leisure = pytest.mark.parametrize("moving", [VERY_SLOW_BYTES_PER_S], indirect=True, ids=["slow"])
+LABELS = ["guest", "hosts", "phase", "time", "pages", "missing", "rate", "urgent"]
+PICTURES = [
+    body
+    for name in ("quickstart", "operations")
+    for language, body in FENCE.findall((ROOT / "docs" / f"{name}.md").read_text())
+    if not language and "Ctrl-C detaches" in body
+]
+COLOUR = re.compile(r"\x1b\[[0-9;]*(?:[349][1-7]|[34]8;[0-9;]+)m")
 
 
 @pytest.fixture
-def moving(source, destination):
+def moving(source, destination, request):
     """A migration that takes some seconds."""
     name = "watched"
     source.create(name, kind="process", memory_mib=MEMORY_MIB, touch_rate_per_s=200)
     source.wait_populated(name)
-    migration_id = source.start(destination, name, max_bandwidth_bytes_per_s=SLOW_BYTES_PER_S)
+    migration_id = source.start(
+        destination, name, max_bandwidth_bytes_per_s=getattr(request, "param", SLOW_BYTES_PER_S)
+    )
     wait_until(lambda: migration_id in [m.migration_id for m in destination.list()], 10, "the destination to prepare")
     yield migration_id
     source.wait_completed(migration_id)
@@ -92,3 +111,68 @@ def test_status_watch_ends_with_the_migration(moving, source, destination, end):
     assert any(line.startswith("postcopy ") for line in watched.stderr.splitlines())
     assert watched.stderr.splitlines()[-1].startswith("completed 100%")
     assert "completed" in watched.stdout
+
+
+# ---- on a terminal ----
+
+
+def labels(lines):
+    """The first column of what is drawn: whatever else stands there is one, too."""
+    return [line[:9].strip() for line in lines if line[:9].strip()]
+
+
+def wait_drawn(terminal, columns):
+    """What is drawn once vCPUs wait for pages; lines that are there twice, or of before, would be labels."""
+    wait_until(lambda: any("p50" in line for line in terminal.lines()), 20, "the view to be drawn")
+    wait_until(lambda: max(map(len, terminal.lines())) == columns, 5, f"the map to be {columns} columns wide")
+    wait_until(lambda: labels(terminal.lines()) == LABELS, 5, "nothing else to be on the screen")
+    return terminal.lines()
+
+
+def likened(picture):
+    """A drawing as of any other guest, in any mode."""
+    text = re.sub(r"[█░▒▓·]{2,}", "MAP", picture).replace("✓ precopy  ", "")
+    text = re.sub(r"(guest +)\w+ \(\w+", r"\1web (kvm", text)
+    return re.sub(r", [\d,]+ stale", "", re.sub(r"\b0 (zero|precopy|urgent|background)", r"1 \1", text))
+
+
+@pytest.mark.tmux
+@at_leisure
+@pytest.mark.parametrize("env", [{}, {"NO_COLOR": "1", "TERM": "screen"}], ids=["colour", "no-colour"])
+def test_in_a_pane_of_80_columns_it_looks_as_in_the_documents(moving, source, tmp_path, env):
+    with pane(tmp_path, **env) as terminal:
+        terminal.type(f"migrate status --watch --daemon {source.address} {moving}")
+        lines = wait_drawn(terminal, 80)
+        escapes = terminal.escapes()
+        terminal.wait_prompt()
+        after = terminal.lines(with_history=True)
+
+    assert bool(COLOUR.search(escapes)) == ("NO_COLOR" not in env)
+    assert len([line for line in lines if re.fullmatch(r"(missing| {7})  [█░▒▓·]{71}", line)]) == 2
+    assert len(PICTURES) == 2
+    for picture in PICTURES:
+        assert agrees(likened(picture), likened("\n".join(lines))), lines
+    # Nothing of it is left, not even above.
+    assert after[0].startswith("$ migrate status")
+    assert after[1].startswith("guest          watched (process")
+    assert "phase" not in labels(after)
+
+
+@pytest.mark.tmux
+@at_leisure
+def test_a_pane_that_is_resized_has_no_pieces_of_before(moving, source, tmp_path):
+    with pane(tmp_path, NO_COLOR="1") as terminal:
+        terminal.type(f"migrate status --watch --daemon {source.address} {moving}")
+        wait_drawn(terminal, 80)
+        for columns, rows in ((60, 20), (100, 30), (50, 24), (80, 24)):
+            terminal.resize(columns, rows)
+            assert not any("…" in line for line in wait_drawn(terminal, columns))
+        terminal.interrupt()
+        terminal.wait_prompt()
+        command, *said, _ = terminal.lines(with_history=True)
+    assert command.startswith("$ migrate status")
+    assert said[-2:] == [
+        "migrate: detached; the migration goes on; look again with",
+        f"  migrate status {moving} --watch --daemon {source.address}",
+    ]
+    assert "phase" not in labels(said)
