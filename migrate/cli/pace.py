@@ -53,6 +53,11 @@ class Pace:
             return 0.0
         return self._missing_pages / per_s * 1_000_000 if per_s else None
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether this is what happened in a whole window; that no page came in less says nothing."""
+        return bool(self._samples) and self._samples[-1].at_us - self._samples[0].at_us >= _WINDOW_US
+
     def _per_s(self, difference: int) -> float:
         duration_us = self._samples[-1].at_us - self._samples[0].at_us
         return difference * 1_000_000 / duration_us if duration_us else 0.0

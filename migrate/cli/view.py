@@ -32,8 +32,6 @@ _PHASES = (
     types.MIGRATION_STATE_POSTCOPY,
     types.MIGRATION_STATE_COMPLETED,
 )
-# What is left to do is a matter of pages that come.
-_WITHOUT_PAGES = FINAL_STATES | {types.MIGRATION_STATE_SETUP}
 _DETOURS = {
     types.MIGRATION_STATE_POSTCOPY_PAUSED: types.MIGRATION_STATE_POSTCOPY,
     types.MIGRATION_STATE_POSTCOPY_RECOVER: types.MIGRATION_STATE_POSTCOPY,
@@ -155,9 +153,12 @@ class MigrationView:
         migration = self._migration
         since_us = 0.0 if migration.state in FINAL_STATES else (time.monotonic() - self._shown_s) * 1_000_000
         yield f"{(migration.total_us + since_us) / 1_000_000:.1f} s"
-        if migration.state not in _WITHOUT_PAGES and migration.pages.total:
+        if migration.state not in FINAL_STATES and migration.pages.total:
             left_us = self._pace.left_us
-            yield "left unknown: no pages come" if left_us is None else f"about {_seconds(left_us)} left"
+            if left_us is not None:
+                yield f"about {_seconds(left_us)} left"
+            elif self._pace.is_settled:
+                yield "left unknown: no pages come"
         if migration.downtime_us:
             yield f"downtime {_duration(migration.downtime_us, glyphs)}"
 

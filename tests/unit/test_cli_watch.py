@@ -212,10 +212,11 @@ def test_view_without_a_map_says_so():
     assert "none in the last second" in "\n".join(lines)
 
 
-def test_view_expects_no_pages_before_the_first_phase_that_has_them():
-    lines = plain(drawn(moving(types.MIGRATION_STATE_SETUP, downtime_us=0)))
+@pytest.mark.parametrize(("seconds", "said"), [(1, "1.0 s"), (2, "2.0 s, left unknown: no pages come")])
+def test_view_gives_pages_two_seconds_to_come(seconds, said):
+    migrations = [moving(total_us=second * S, downtime_us=0) for second in range(seconds + 1)]
 
-    assert lines[3].rstrip() == "time     1.0 s"
+    assert plain(drawn(*migrations))[3].rstrip() == f"time     {said}"
 
 
 def test_view_keeps_the_last_map_and_clears_it_at_the_end():
