@@ -165,6 +165,7 @@ class MigrationRegistry:
         Endpoint.parse(request.to)
         seen = self._guests.find(request.guest).client.look()
         mode = choose_mode(request.mode, has_dirty_log=seen.has_dirty_log, reason=seen.no_dirty_log_reason)
+        self._forget_traces()
         migration_id = uuid.uuid4().hex[:12]
         guest = self._guests.claim(request.guest, migration_id)
         entry = source_entry(migration_id, request, guest, mode)
@@ -188,6 +189,14 @@ class MigrationRegistry:
             self._outgoing(request.migration_id).complete(request.token, request.migration)
             return
         complete_past(past, request)
+
+    def _forget_traces(self) -> None:
+        """Those of ended migrations that nobody reads."""
+        with self._lock:
+            records = list(self._records.values())
+        for record in records:
+            if record.trace is not None and record.is_final:
+                record.trace.forget_unread()
 
     def record_trace(self, request: transfer.RecordTraceRequest) -> None:
         """A part of the trace of a migration that leaves here.

@@ -125,7 +125,7 @@ class SourceSession:
             clock,
         )
         if request.trace:
-            self.record.trace = TraceInbox()
+            self.record.trace = TraceInbox(clock)
         self._ledger = Ledger(self.record, entry, journal)
         terms = Terms(
             mode,

@@ -27,6 +27,7 @@ _HAND_OVER_US = 1_000_000
 _SAMPLE_US = 100_000
 _SAMPLES_MAX = 2048
 _RECORD_BYTES = 64
+_UNREAD_US = 60_000_000
 
 
 class TraceFeed:
@@ -166,9 +167,15 @@ class TraceFeed:
 
 
 class TraceInbox:
-    """What has come to the source and was not read yet. Thread-safe; there is one reader."""
+    """What has come to the source and was not read yet. Thread-safe; there is one reader.
 
-    def __init__(self) -> None:
+    Args:
+        clock: Says how long nobody has read.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._used_us = clock.now_us()
         self._changed = threading.Condition()
         self._parts: deque[types.TracePart] = deque()
         self._kept_bytes = 0
@@ -178,6 +185,7 @@ class TraceInbox:
     def add(self, part: types.TracePart) -> None:
         """The next part, if there is room for it."""
         with self._changed:
+            self._used_us = self._clock.now_us()
             if self._is_whole:
                 return
             count_bytes = part.ByteSize()
@@ -195,11 +203,20 @@ class TraceInbox:
             self._changed.wait_for(lambda: self._parts or self._is_whole, timeout_s)
             if not self._parts:
                 return None
+            self._used_us = self._clock.now_us()
             part = self._parts.popleft()
             self._kept_bytes -= part.ByteSize()
             part.lost_faults += self._lost_faults
             self._lost_faults = 0
             return part
+
+    def forget_unread(self) -> None:
+        """Nothing will come any more: what nobody has wanted for a minute is lost."""
+        with self._changed:
+            if self._clock.now_us() - self._used_us > _UNREAD_US:
+                self._lost_faults += sum(len(part.faults) for part in self._parts) // _RECORD_BYTES
+                self._parts.clear()
+                self._kept_bytes = 0
 
     @property
     def is_read(self) -> bool:

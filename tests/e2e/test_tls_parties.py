@@ -137,6 +137,7 @@ def calls_of(migration_id, token, control_endpoint):
         "Switchover": transfer.SwitchoverRequest(**named, attempt=1),
         "GetIncoming": transfer.GetIncomingRequest(**named),
         "Complete": transfer.CompleteRequest(**named, token=token),
+        "RecordTrace": transfer.RecordTraceRequest(**named, token=token),
         "Abort": transfer.AbortRequest(**named, reason="x", attempt=99),
         "ResumeMigration": transfer.ResumeMigrationRequest(**taken, page_endpoint="127.0.0.2:1"),
     }

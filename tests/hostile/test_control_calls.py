@@ -172,6 +172,12 @@ CALLS = {
     "Switchover of nothing": (of_transfer("Switchover", migration_id="?"), "NOT_FOUND", "no migration '?'"),
     "Switchover of an id of 1 MiB": (of_transfer("Switchover", migration_id=MEGABYTE), "NOT_FOUND", "is known here"),
     "GetIncoming of nothing": (of_transfer("GetIncoming", await_complete_us=U64), "NOT_FOUND", "no migration ''"),
+    "RecordTrace of nothing": (of_transfer("RecordTrace", migration_id=PATH), "NOT_FOUND", "is known here"),
+    "trace of 3 MiB": (
+        of_transfer("RecordTrace", part=types.TracePart(faults=bytes(3 << 20))),
+        "RESOURCE_EXHAUSTED",
+        "larger than max",
+    ),
     "Complete of nothing": (of_transfer("Complete", migration_id=PATH), "NOT_FOUND", "is known here"),
     "ResumeMigration of nothing": (
         of_transfer("ResumeMigration", migration_id="?", control_endpoint="h:1"),
@@ -201,6 +207,7 @@ CALLS = {
     "peer timeout for ever": (start(peer_timeout_us=U64), "INVALID_ARGUMENT", "at most 3600 s"),
     "status of nothing": (of_migrations("GetMigration", migration_id=MEGABYTE), "NOT_FOUND", "is known here"),
     "watch nothing": (of_migrations("WatchMigration", migration_id="?"), "NOT_FOUND", "is known here"),
+    "trace nothing": (of_migrations("WatchTrace", migration_id="?"), "NOT_FOUND", "is known here"),
     "switch nothing over": (of_migrations("StartSwitchover", migration_id="?"), "NOT_FOUND", "is known here"),
     "cancel nothing": (of_migrations("CancelMigration", migration_id="?"), "NOT_FOUND", "is known here"),
     "recover nothing": (of_migrations("RecoverMigration", migration_id="?"), "NOT_FOUND", "is known here"),

@@ -54,6 +54,11 @@ def source():
     return Source()
 
 
+@pytest.fixture
+def inbox(time):
+    return TraceInbox(time.clock)
+
+
 def faults(count, first=0):
     return FaultBatch(b"".join((first + number).to_bytes(RECORD_BYTES, "little") for number in range(count)))
 
@@ -191,8 +196,7 @@ def part(count, *, is_last=False):
     return types.TracePart(faults=faults(count).raw, is_last=is_last)
 
 
-def test_inbox_gives_each_part_once_and_then_ends():
-    inbox = TraceInbox()
+def test_inbox_gives_each_part_once_and_then_ends(inbox):
     inbox.add(part(1))
     assert inbox.take(0) == part(1)
     assert inbox.take(0) is None
@@ -203,9 +207,8 @@ def test_inbox_gives_each_part_once_and_then_ends():
     assert (inbox.take(60), inbox.is_read) == (None, True)
 
 
-def test_inbox_that_nobody_reads_is_bounded_and_says_what_it_lost(monkeypatch):
+def test_inbox_that_nobody_reads_is_bounded_and_says_what_it_lost(inbox, monkeypatch):
     monkeypatch.setattr(tracing, "KEPT_BYTES_MAX", part(3).ByteSize())
-    inbox = TraceInbox()
     inbox.add(part(3))
     inbox.add(part(2))
     assert inbox.take(0) == types.TracePart(faults=faults(3).raw, lost_faults=2)
@@ -213,9 +216,21 @@ def test_inbox_that_nobody_reads_is_bounded_and_says_what_it_lost(monkeypatch):
     assert inbox.take(0) == part(1)
 
 
-def test_nothing_comes_after_the_last_part():
-    inbox = TraceInbox()
+def test_nothing_comes_after_the_last_part(inbox):
     inbox.add(part(0, is_last=True))
     inbox.add(part(1))
     assert inbox.take(0) == part(0, is_last=True)
     assert inbox.take(0) is None
+
+
+def test_what_nobody_wants_for_a_minute_is_forgotten(inbox, time):
+    inbox.add(part(3))
+    time.now_us += 59_000_000
+    inbox.forget_unread()
+    assert inbox.take(0) == part(3)
+    inbox.add(part(2))
+    time.now_us += 61_000_000
+    inbox.forget_unread()
+    assert inbox.take(0) is None
+    inbox.add(part(1))
+    assert inbox.take(0) == types.TracePart(faults=faults(1).raw, lost_faults=2)
