@@ -10,6 +10,7 @@ from typing import Any, TypedDict, TypeVar, cast
 import click
 from click.shell_completion import CompletionItem
 
+from migrate.cli.extras import recorded_pages
 from migrate.client.terms import (
     COMPRESSIONS,
     DEADLINE_ACTIONS,
@@ -76,7 +77,7 @@ def _order(text: str) -> str:
     return text
 
 
-def _complete_order(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+def complete_order(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Orders of this host; the destination may have others."""
     return [
         CompletionItem(source.name, help=source.where)
@@ -150,6 +151,12 @@ def daemon_option(command: _Command) -> _Command:
     return cast("_Command", _daemon_address(tls_dir_option(with_daemon)))
 
 
+recorded_option = click.option(
+    "--recorded",
+    type=click.Path(dir_okay=False, path_type=Path),
+    callback=lambda _ctx, _param, path: [] if path is None else recorded_pages(path),
+    help="A trace, for an order that goes by the pages that an earlier run faulted on.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
@@ -173,6 +180,7 @@ class MigrationOptions(TypedDict):
     downtime_limit: int
     on_no_convergence: str
     order: str
+    recorded: list[int]
     max_bandwidth: int
     transport: str
     compress: str
@@ -249,9 +257,10 @@ def migration_options() -> Callable[[_Command], _Command]:
             type=ORDER,
             default=next(iter(ORDERS)),
             show_default=True,
-            shell_complete=_complete_order,
+            shell_complete=complete_order,
             help="Order of the background: one that `migrate policies` lists at the destination, or MODULE:CLASS.",
         ),
+        recorded_option,
         click.option("--max-bandwidth", type=RATE, default=0, help="Cap of the background.  [default: none]"),
         click.option(
             "--transport",
@@ -313,6 +322,7 @@ def migration_terms(options: MigrationOptions) -> MigrationTerms:
         "downtime_limit_us": options["downtime_limit"],
         "on_no_convergence": options["on_no_convergence"],
         "order": options["order"],
+        "recorded_pages": options["recorded"],
         "transport": options["transport"],
         "max_bandwidth_bytes_per_s": options["max_bandwidth"],
         "verify": options["verify"],

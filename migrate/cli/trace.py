@@ -4,7 +4,8 @@ from pathlib import Path
 
 import click
 
-from migrate.cli.tracing import extra_is_missing
+from migrate.cli.extras import extra_is_missing
+from migrate.cli.replay import replay
 from migrate.errors import TraceError
 from migrate.files import replace_file
 
@@ -38,3 +39,6 @@ def report(files: tuple[Path, ...], output: Path) -> None:
     except OSError as error:
         raise TraceError(f"{output} cannot be written: {error.strerror}") from error
     click.echo(f"{output}: {len(files)} trace{'s' * (len(files) > 1)}, {len(page):,} bytes")
+
+
+trace.add_command(replay)

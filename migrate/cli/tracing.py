@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import click
 
+from migrate.cli.extras import extra_is_missing
 from migrate.cli.render import migration_json
 from migrate.client import Client
 from migrate.client.words import FINAL_STATES
@@ -23,13 +24,6 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 # A source has all of the trace before it says that the migration has ended.
 _REST_S = 30.0
 _LOOK_S = 0.2
-
-
-def extra_is_missing(error: ModuleNotFoundError) -> TraceError:
-    """What traces need beside the rest is not installed."""
-    return TraceError(
-        f"traces need a Python module that is not here: {error.name}", remedy="pip install 'migrate[trace]'"
-    )
 
 
 def trace_option(command: _Command) -> _Command:

@@ -17,6 +17,11 @@ class MissingView:
         self._bitmap = bitmap
 
     @property
+    def handle(self) -> Any:
+        """The C object, for other facades."""
+        return self._bitmap
+
+    @property
     def pages(self) -> int:
         """Length of the region."""
         pages: int = self._bitmap.bits

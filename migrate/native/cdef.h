@@ -117,6 +117,7 @@ uint64_t mig_bitmap_next_set_without(const struct mig_bitmap *bitmap, const stru
 
 struct mig_order {
     enum mig_order_kind kind;
+    uint32_t suggestion_head, suggestion_tail;
     ...;
 };
 void mig_order_on_fault(struct mig_order *order, uint64_t page);
@@ -221,6 +222,7 @@ int mig_reply_order_answer(struct mig_reply_order *order, uint64_t request_id, u
 
 struct mig_window {
     uint64_t bytes;
+    uint64_t kept_bytes;
     uint32_t run_pages;
     uint64_t base_rtt_ns;
     uint64_t queue_ns;

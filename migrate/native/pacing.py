@@ -53,6 +53,12 @@ class Window:
         return count_bytes
 
     @property
+    def kept_bytes(self) -> int:
+        """Ask for more only while no more than this is in flight."""
+        kept_bytes: int = self._window.kept_bytes
+        return kept_bytes
+
+    @property
     def run_pages(self) -> int:
         """How much to ask for at a time."""
         run_pages: int = self._window.run_pages
