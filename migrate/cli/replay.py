@@ -8,7 +8,7 @@ from rich.table import Table
 
 from migrate.cli.extras import extra_is_missing
 from migrate.cli.params import DURATION, ORDER, RATE, complete_order, json_option, recorded_option
-from migrate.cli.render import print_json, stdout_console
+from migrate.cli.render import print_json, print_table
 from migrate.errors import ConfigError, TraceError
 from migrate.native.pager import Order
 from migrate.pager.orders import Orders
@@ -97,7 +97,7 @@ def replay(
     table = Table("ORDER", "WAITED FOR", "SHARE", "STALLED IN ALL", "P50", "P99", "TOOK", box=None, pad_edge=False)
     for name, outcome in ((f"{recorded_order}, as recorded", before), *outcomes.items()):
         table.add_row(name, *_outcome_words(outcome))
-    stdout_console().print(table)
+    print_table(table)
 
 
 def _line_of(trace: "Trace", rtt_ns: float, bandwidth_bytes_per_s: int | None) -> "Line":
