@@ -63,7 +63,6 @@ class TraceToFile:
     def __init__(self, path: Path | None) -> None:
         self._path = path
         self._recorder = None if path is None else make_recorder(path)
-        self._client: Client | None = None
         self._migration: types_pb2.Migration | None = None
         self._lock = threading.Lock()
         self._leaving = threading.Event()
@@ -77,7 +76,6 @@ class TraceToFile:
     def begin(self, client: Client, migration_id: str) -> None:
         """The migration has been started, traced, at this client's daemon."""
         if self._recorder is not None:
-            self._client = client
             self._migration = types_pb2.Migration(migration_id=migration_id)
             self._reader = threading.Thread(target=self._read, args=(client, migration_id), daemon=True)
             self._reader.start()
