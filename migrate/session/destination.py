@@ -21,6 +21,7 @@ from migrate.errors import (
     GuestLostError,
     MigrateError,
     MigrationAbortedError,
+    RemoteProtocolError,
     StateDirError,
 )
 from migrate.native.compression import Compression
@@ -409,7 +410,11 @@ class DestinationSession:
         writer = threading.Thread(target=self._write_may_run, args=(failures,), name="may-run")
         writer.start()
         try:
-            twin.guest.load_state(request.state)
+            try:
+                twin.guest.load_state(request.state)
+            except RemoteProtocolError as error:
+                # No other attempt would bring a better one, and each stops the vCPUs.
+                raise MigrationAbortedError(error.message, remedy=error.remedy) from error
             loaded_us = self._clock.now_us()
             reach(Point.DESTINATION_LOADED, self.record.migration_id)
         finally:

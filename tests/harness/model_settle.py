@@ -1,6 +1,7 @@
 """What still moves in the model: a thread that neither stands at a gate, nor waits for pages, nor has ended."""
 
 from migrate.config import SWITCHOVER_DEADLINE_S
+from migrate.session import tracing
 from migrate.session.states import State
 from tests.harness.model_control import RUNNING
 
@@ -39,10 +40,18 @@ def _moving_at_destination(model):
     elif state is State.POSTCOPY:
         counters = model.link.counters()
         is_missing = counters is not None and counters.missing_pages > 0
-        waits = is_missing or (model.link.is_joining and model.link.is_draining)
+        waits = (model.link.is_joining and model.link.is_draining) or (is_missing and not _hands_over_soon(model))
     else:
         waits = False
     return [] if waits else [f"destination in {state}"]
+
+
+def _hands_over_soon(model):
+    """Whether a part of the trace is due at the destination: its thread is about to call, though pages are missing."""
+    trace = model.destination_session._trace
+    if trace is None or trace._is_refused:
+        return False
+    return model.world.now_us - trace._handed_over_us >= tracing._HAND_OVER_US
 
 
 def _is_call_moving(model, call):
