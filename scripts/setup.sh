@@ -104,9 +104,9 @@ build_extension() {
     stamp build "$wanted"
 }
 
-# Builds the Linux guest for QEMU in build/linux-guest, once; whether it is there, with a QEMU to run it.
+# Builds the Linux guest for QEMU in build/linux-guest, once; 77 if that, or running it, is not possible here.
 prepare_linux_guest() {
-    command -v qemu-system-x86_64 >/dev/null || return 1
+    command -v qemu-system-x86_64 >/dev/null || return 77
     local status=0
     "$ROOT/scripts/build_linux_guest" || status=$?
     # 77: not possible here, and it has said why.
