@@ -132,10 +132,13 @@ def test_a_cancelled_migration_leaves_the_trace_of_what_there_was(source, destin
     name = guest(memory_mib=128)
     path = tmp_path / "trace.parquet"
     with following(source, destination, name, "--max-bandwidth", "10MB", "--trace", str(path)) as followed:
-        wait_until(lambda: source.guest(name).migration_id != "", 10, "the migration to begin")
-        migration_id = source.guest(name).migration_id
-        wait_until(lambda: source.migration(migration_id).pages.precopy > 0, 20, "pages to move")
-        ask(source, "cancel", migration_id)
+        # A guest is claimed a moment before its migration is known.
+        moving = wait_until(
+            lambda: next((each for each in source.list() if each.guest == name and each.pages.precopy), None),
+            20,
+            "pages to move",
+        )
+        ask(source, "cancel", moving.migration_id)
         result = followed.result(60)
     assert result.exit_code == 1
     assert "has what was traced until now" in result.stderr
