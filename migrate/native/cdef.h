@@ -161,8 +161,7 @@ int64_t mig_dirty_scan_sync(struct mig_dirty_scan *scan, uint64_t *bitmap, bool 
 int mig_dirty_scan_stop(struct mig_dirty_scan *scan);
 int mig_dirty_scan_probe(void);
 
-/* ---- the page call: wire.h, compress.h, reply_order.h, pacing.h, patience.h, tls.h, exports.h, pageserver.h, fetch.h
- * ---- */
+/* ---- the page call: wire.h, compress.h, reply_order.h, pacing.h, patience.h, tls.h, exports.h, pageserver.h, fetch.h ---- */
 struct mig_fetch_request {
     uint64_t request_id;
     uint32_t region;
@@ -216,7 +215,8 @@ struct mig_reply_order {
     char flaw[160];
 };
 void mig_reply_order_deinit(struct mig_reply_order *order);
-uint64_t mig_reply_order_ask(struct mig_reply_order *order, uint64_t first_page, uint64_t count_pages, uint64_t now_ns);
+uint64_t mig_reply_order_ask(struct mig_reply_order *order, uint64_t first_page, uint64_t count_pages,
+                             uint64_t now_ns);
 int mig_reply_order_answer(struct mig_reply_order *order, uint64_t request_id, uint64_t first_page,
                            uint64_t count_pages, bool is_zero, struct mig_asked *ret_done);
 
