@@ -100,6 +100,16 @@ def check_order_word(order: str) -> None:
         raise ConfigError(f"{order[:80]!r} is no order of the background: that is a name, or module:Class")
 
 
+def check_recorded_count(count_pages: int) -> None:
+    """Whether a migration may be told of so many pages that an earlier run faulted on.
+
+    Raises:
+        ConfigError: they are too many.
+    """
+    if count_pages > RECORDED_PAGES_MAX:
+        raise ConfigError(f"at most {RECORDED_PAGES_MAX} recorded pages can be given, not {count_pages}")
+
+
 @dataclass(frozen=True, slots=True)
 class DaemonConfig:
     """A daemon's settings.

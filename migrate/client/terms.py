@@ -6,7 +6,7 @@ The defaults are those of the command line.
 from collections.abc import Mapping, Sequence
 from typing import TypedDict, TypeVar, Unpack
 
-from migrate.config import ORDERS, PEER_TIMEOUT_DEFAULT_US, RECORDED_PAGES_MAX, check_order_word
+from migrate.config import ORDERS, PEER_TIMEOUT_DEFAULT_US, check_order_word, check_recorded_count
 from migrate.errors import ConfigError
 from migrate.v1 import migration_service_pb2 as operator
 from migrate.v1 import types_pb2 as types
@@ -140,8 +140,7 @@ def start_request(guest: str, to: str, **terms: Unpack[MigrationTerms]) -> opera
     order = terms.get("order", next(iter(ORDERS)))
     check_order_word(order)
     recorded_pages = terms.get("recorded_pages", ())
-    if len(recorded_pages) > RECORDED_PAGES_MAX:
-        raise ConfigError(f"at most {RECORDED_PAGES_MAX} recorded pages can be given, not {len(recorded_pages)}")
+    check_recorded_count(len(recorded_pages))
     return operator.StartMigrationRequest(
         guest=guest,
         to=to,

@@ -12,10 +12,12 @@ from migrate.native.bitmap import MissingView
 
 _CLAIM_MAX = 256
 _DRAIN_MAX = 4096
-_RECORD_BYTES = 64
-_RECORD_WORDS = _RECORD_BYTES // 8
 _EVENT, _PLACED, _KIND = 1, 6, 7
 _NOTES_MAX = 1024
+
+RECORD_BYTES: int = ffi.sizeof("struct mig_fault_record")
+"""Of a fault, as it lies in C and travels (TracePart.faults)."""
+_RECORD_WORDS = RECORD_BYTES // 8
 
 SUGGESTIONS_MAX: int = lib.MIG_ORDER_SUGGESTIONS
 """Runs that a policy may have in the queue."""
@@ -380,7 +382,7 @@ class Pager:
         """Take out the fault records gathered since the last call, oldest first."""
         drained = bytearray()
         while count := lib.mig_pager_drain_records(self._pager, self._records, _DRAIN_MAX):
-            drained += ffi.buffer(self._records, count * _RECORD_BYTES)
+            drained += ffi.buffer(self._records, count * RECORD_BYTES)
         return FaultBatch(bytes(drained))
 
     def stop(self) -> None:

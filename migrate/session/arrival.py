@@ -18,6 +18,7 @@ from migrate.errors import (
 )
 from migrate.native.pager import PagerStoppedError
 from migrate.session.backoff import between_tries
+from migrate.session.figures import page_counts
 from migrate.session.ledger import Ledger
 from migrate.session.live import MAP_CELLS
 from migrate.session.page_flow import PageFlow
@@ -197,7 +198,7 @@ class Arrival:
         while not self._is_complete():
             self.observe(twin)
             if self._trace is not None and self._record.state is State.POSTCOPY:
-                self._trace.hand_over_now_and_then(self._link.peer, self._record.migration_id, self._saved.token)
+                self._trace.hand_over_now_and_then(self._link.peer)
             if self._record.state is State.POSTCOPY_PAUSED:
                 self._recover(twin)
 
@@ -283,9 +284,7 @@ class Arrival:
             )
         reach(Point.DESTINATION_COMPLETE, self._record.migration_id)
         if self._trace is not None:
-            with self._flow.using() as pager:
-                if pager is not None:
-                    self._trace.add_bitmap("zero_at_end", pager.copy_map(known_zero=True))
+            self._trace.add_bitmap("zero_at_end", self._flow.copy_map(known_zero=True))
         twin.guest.disarm()
         reach(Point.DESTINATION_DISARMED, self._record.migration_id)
 
@@ -298,8 +297,7 @@ class Arrival:
             )
             try:
                 if self._trace is not None:
-                    peer, token = self._link.peer, self._saved.token
-                    self._trace.hand_over(peer, self._record.migration_id, token, is_last=True)
+                    self._trace.hand_over(self._link.peer, is_last=True)
                 self._link.peer.complete(request)
             except MigrateError as error:
                 self._record.note_error(error)
@@ -347,12 +345,7 @@ class Arrival:
             self._trace.add_sample(counters, self._flow.missing_map(MAP_CELLS), wire_bytes)
 
         def change(migration: types.Migration) -> None:
-            migration.pages.zero = counters.zero_pages
-            migration.pages.precopy = counters.precopy_pages
-            migration.pages.urgent = counters.urgent_pages
-            migration.pages.background = counters.background_pages
-            migration.pages.duplicate = counters.duplicate_pages
-            migration.pages.stale = counters.stale_pages
+            migration.pages.CopyFrom(page_counts(counters))
             migration.deferred_pages = counters.deferred_pages
             migration.bytes_on_wire = wire_bytes
 

@@ -236,9 +236,10 @@ class Attempt:
             raise LocalProtocolError("switchover before prepare")
         self._advance(Event.PREPARED if self._precopy is None else Event.SWITCHOVER)
         with_all = how is Next.SWITCH_WITH_ALL
-        self.paused_us = lap_us = self._out.clock.now_us()
+        now_us = self._out.clock.now_us
+        self.paused_us = now_us()
         self._out.guest.pause()
-        self.downtime.pause_us, lap_us = self._lap(lap_us)
+        stopped_us = now_us()
         reach(Point.SOURCE_PAUSED, self._id)
         if self._precopy is not None:
             with self._calling():
@@ -246,9 +247,11 @@ class Attempt:
         memory_digest = self._source.take_digests() if self._saved.request.verify else 0
         # Pages are served from before the state is loaded, which may touch some.
         self.publish()
-        self.downtime.last_round_us, lap_us = self._lap(lap_us)
+        told_us = now_us()
         state, touches = self._out.guest.save_state()
-        self.downtime.save_us, lap_us = self._lap(lap_us)
+        self.downtime = types.DowntimeParts(
+            pause_us=stopped_us - self.paused_us, last_round_us=told_us - stopped_us, save_us=now_us() - told_us
+        )
         self._record.update(lambda migration: figures.note_touches(migration, touches))
         request = transfer.SwitchoverRequest(
             migration_id=self._id,
@@ -291,11 +294,6 @@ class Attempt:
         self._memfds = []
 
     # ---- parts ----
-
-    def _lap(self, since_us: int) -> tuple[int, int]:
-        """Microseconds since then, and when it is now."""
-        now_us = self._out.clock.now_us()
-        return now_us - since_us, now_us
 
     def _advance(self, event: Event) -> None:
         """A step that a cancellation may have come before."""

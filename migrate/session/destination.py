@@ -135,7 +135,7 @@ class DestinationSession:
             fetcher_of,
             self._on_fetch_failure,
         )
-        self._trace = TraceFeed(clock) if incoming.trace else None
+        self._trace = TraceFeed(entry.migration_id, incoming.token, clock) if incoming.trace else None
         if self._trace is not None:
             self.record.on_step = self._trace.add_state
         self._arrival = Arrival(
@@ -410,13 +410,12 @@ class DestinationSession:
         writer = threading.Thread(target=self._write_may_run, args=(failures,), name="may-run")
         writer.start()
         try:
-            try:
-                twin.guest.load_state(request.state)
-            except RemoteProtocolError as error:
-                # No other attempt would bring a better one, and each stops the vCPUs.
-                raise MigrationAbortedError(error.message, remedy=error.remedy) from error
+            twin.guest.load_state(request.state)
             loaded_us = self._clock.now_us()
             reach(Point.DESTINATION_LOADED, self.record.migration_id)
+        except RemoteProtocolError as error:
+            # No other attempt would bring a better state, and each stops the vCPUs.
+            raise MigrationAbortedError(error.message, remedy=error.remedy) from error
         finally:
             writer.join()
         for failure in (*failures, self._flow.failure):

@@ -1,6 +1,7 @@
 """Which figures of a migration come from where: small changes of its message, made under its record's lock."""
 
 from migrate.native.compression import Compression
+from migrate.native.pager import PagerCounters
 from migrate.units import bytes_to_pages
 from migrate.v1 import types_pb2 as types
 
@@ -29,6 +30,19 @@ def note_peer(migration: types.Migration, peer: str) -> None:
 def note_touches(migration: types.Migration, touches: int) -> None:
     """The guest's touches when its vCPUs stopped."""
     migration.guest_touches = migration.guest_touches_at_switchover = touches
+
+
+def page_counts(counters: PagerCounters) -> types.PageCounts:
+    """What a pager has counted of its pages."""
+    return types.PageCounts(
+        total=counters.total_pages,
+        zero=counters.zero_pages,
+        precopy=counters.precopy_pages,
+        urgent=counters.urgent_pages,
+        background=counters.background_pages,
+        duplicate=counters.duplicate_pages,
+        stale=counters.stale_pages,
+    )
 
 
 def note_downtime(migration: types.Migration, downtime_us: int, parts: types.DowntimeParts) -> None:

@@ -176,6 +176,11 @@ class PageFlow:
         with self.using() as pager:
             return b"" if pager is None else pager.missing_map(cells_max)
 
+    def copy_map(self, *, known_zero: bool = False) -> bytes:
+        """Which pages are missing, or known to be zero (Pager.copy_map); empty if there is no pager."""
+        with self.using() as pager:
+            return b"" if pager is None else pager.copy_map(known_zero=known_zero)
+
     def drain_records(self) -> FaultBatch:
         """Faults that were served since the last call."""
         with self.using() as pager:

@@ -10,8 +10,8 @@ from migrate.config import (
     PEER_TIMEOUT_MAX_US,
     PEER_TIMEOUT_MIN_US,
     PROTOCOL_VERSION,
-    RECORDED_PAGES_MAX,
     check_order_word,
+    check_recorded_count,
 )
 from migrate.errors import (
     ConfigError,
@@ -180,8 +180,7 @@ def check_recorded_pages(recorded_pages: Sequence[int], region_pages: int) -> No
     Raises:
         ConfigError: they cannot.
     """
-    if len(recorded_pages) > RECORDED_PAGES_MAX:
-        raise ConfigError(f"at most {RECORDED_PAGES_MAX} recorded pages can be given, not {len(recorded_pages)}")
+    check_recorded_count(len(recorded_pages))
     if recorded_pages and max(recorded_pages) >= region_pages:
         raise ConfigError(f"the guest has {region_pages} pages: page {max(recorded_pages)} was recorded of another one")
 

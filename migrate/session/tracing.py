@@ -10,7 +10,8 @@ import zlib
 from collections import deque
 
 from migrate.errors import ChannelError, MigrateError
-from migrate.native.pager import FaultBatch, PagerCounters
+from migrate.native.pager import RECORD_BYTES, FaultBatch, PagerCounters
+from migrate.session.figures import page_counts
 from migrate.session.ports import PeerPort
 from migrate.session.states import State
 from migrate.telemetry.clock import Clock
@@ -26,7 +27,6 @@ _BITMAP_BYTES_MAX = 256 << 10
 _HAND_OVER_US = 1_000_000
 _SAMPLE_US = 100_000
 _SAMPLES_MAX = 2048
-_RECORD_BYTES = 64
 _UNREAD_US = 60_000_000
 
 
@@ -34,10 +34,14 @@ class TraceFeed:
     """What the destination has seen and not handed over yet. Thread-safe.
 
     Args:
+        migration_id: Of what is traced.
+        token: Proves to the source that we are its destination.
         clock: Times it.
     """
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, migration_id: str, token: str, clock: Clock) -> None:
+        self._migration_id = migration_id
+        self._token = token
         self._clock = clock
         self._lock = threading.Lock()
         self._origin_us = self._handed_over_us = clock.now_us()
@@ -78,15 +82,7 @@ class TraceFeed:
             self._sampled_us, self._sampled_missing_pages = self._clock.now_us(), counters.missing_pages
             self._rest.progress.add(
                 at_ns=self._sampled_us * 1000,
-                pages=types.PageCounts(
-                    total=counters.total_pages,
-                    zero=counters.zero_pages,
-                    precopy=counters.precopy_pages,
-                    urgent=counters.urgent_pages,
-                    background=counters.background_pages,
-                    duplicate=counters.duplicate_pages,
-                    stale=counters.stale_pages,
-                ),
+                pages=page_counts(counters),
                 missing_pages=counters.missing_pages,
                 missing_map=missing_map,
                 bytes_on_wire=wire_bytes,
@@ -111,15 +107,15 @@ class TraceFeed:
         with self._lock:
             self._rest.stalls.extend(statistics.stalls)
 
-    def hand_over_now_and_then(self, peer: PeerPort, migration_id: str, token: str) -> None:
+    def hand_over_now_and_then(self, peer: PeerPort) -> None:
         """As hand_over, if that is due; what does not arrive is kept for the next time."""
         if self._clock.now_us() - self._handed_over_us < _HAND_OVER_US:
             return
         with contextlib.suppress(ChannelError):
-            self.hand_over(peer, migration_id, token)
+            self.hand_over(peer)
         self._handed_over_us = self._clock.now_us()
 
-    def hand_over(self, peer: PeerPort, migration_id: str, token: str, *, is_last: bool = False) -> None:
+    def hand_over(self, peer: PeerPort, *, is_last: bool = False) -> None:
         """Give the source all there is now. One that does not want it is asked no more.
 
         Raises:
@@ -129,9 +125,10 @@ class TraceFeed:
         if is_last:
             parts.append(types.TracePart(is_last=True))
         while parts and not self._is_refused:
-            request = transfer.RecordTraceRequest(migration_id=migration_id, token=token, part=parts[0])
             try:
-                peer.record_trace(request)
+                peer.record_trace(
+                    transfer.RecordTraceRequest(migration_id=self._migration_id, token=self._token, part=parts[0])
+                )
             except ChannelError:
                 self._take_back(parts)
                 raise
@@ -193,7 +190,7 @@ class TraceInbox:
                 self._kept_bytes += count_bytes
                 self._parts.append(part)
             else:
-                self._lost_faults += len(part.faults) // _RECORD_BYTES
+                self._lost_faults += len(part.faults) // RECORD_BYTES
             self._is_whole = part.is_last
             self._changed.notify_all()
 
@@ -214,7 +211,7 @@ class TraceInbox:
         """Nothing will come any more: what nobody has wanted for a minute is lost."""
         with self._changed:
             if self._clock.now_us() - self._used_us > _UNREAD_US:
-                self._lost_faults += sum(len(part.faults) for part in self._parts) // _RECORD_BYTES
+                self._lost_faults += sum(len(part.faults) for part in self._parts) // RECORD_BYTES
                 self._parts.clear()
                 self._kept_bytes = 0
 

@@ -46,7 +46,7 @@ def time():
 
 @pytest.fixture
 def feed(time):
-    return TraceFeed(time.clock)
+    return TraceFeed(*MIGRATION, time.clock)
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def counters(missing=5):
 
 
 def hand_over(feed, source, **more):
-    feed.hand_over(source, *MIGRATION, **more)
+    feed.hand_over(source, **more)
 
 
 def test_all_that_was_seen_arrives_once_and_in_order(feed, source, time):
@@ -114,15 +114,15 @@ def test_what_does_not_arrive_is_handed_over_again(feed, source):
 
 def test_it_is_handed_over_now_and_then(feed, source, time):
     feed.add_faults(faults(1))
-    feed.hand_over_now_and_then(source, *MIGRATION)
+    feed.hand_over_now_and_then(source)
     assert source.calls == 0
     time.now_us += 1_000_000
     source.failures = [ChannelError("away")]
-    feed.hand_over_now_and_then(source, *MIGRATION)
-    feed.hand_over_now_and_then(source, *MIGRATION)
+    feed.hand_over_now_and_then(source)
+    feed.hand_over_now_and_then(source)
     assert source.calls == 1
     time.now_us += 1_000_000
-    feed.hand_over_now_and_then(source, *MIGRATION)
+    feed.hand_over_now_and_then(source)
     assert source.parts[0].faults == faults(1).raw
 
 
