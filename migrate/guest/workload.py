@@ -23,11 +23,10 @@ from migrate.guest.spec import check_spec
 from migrate.guest.userfaultfd import Userfaultfd
 from migrate.native import uffd
 from migrate.native.machine import MAILBOX_BYTES, Machine, check_vcpu_state, supported_cpuid
-from migrate.telemetry.histogram import distribution_of_ticks, durations_of_ticks
+from migrate.telemetry.histogram import STALL_MIN_US, distribution_of_ticks, durations_of_ticks
 from migrate.v1 import guest_protocol_pb2 as pb
 from migrate.v1 import types_pb2 as types
 
-STALL_MIN_US = 15.0
 _PAUSE_TIMEOUT_US = 5_000_000
 _AUDIT_POLL_S = 0.002
 

@@ -11,10 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from migrate.errors import TraceError
-from migrate.telemetry.trace_file import KINDS, Trace
+from migrate.telemetry.trace_file import Trace
 
-_WAITED = (KINDS.index("urgent"), KINDS.index("background"))
-_URGENT = KINDS.index("urgent")
 _PATH_PERCENTILE = 10
 _WAKE_PERCENTILE, _FIRST_PART = 75, 10
 
@@ -92,8 +90,8 @@ class Overheads:
 def outcome_of(trace: Trace) -> Outcome:
     """What the guest of a trace went through, live."""
     faults = trace.faults
-    waited = np.isin(faults.kind, _WAITED)
-    stalls_us = np.sort((faults.placed_ns - faults.at_ns)[waited]) / 1000
+    waited = faults.is_network_fault
+    stalls_us = np.sort(faults.latency_ns[waited]) / 1000
     begin_ns = running_ns(trace)
     placed_ns = [sample.at_ns for sample in trace.progress if not sample.missing_pages and sample.at_ns >= begin_ns]
     end_ns = min(placed_ns) if placed_ns else int(faults.placed_ns.max(initial=begin_ns))
@@ -135,7 +133,7 @@ def overheads_of(trace: Trace) -> Overheads:
         TraceError: there was none.
     """
     faults = trace.faults
-    urgent = (faults.kind == _URGENT) & (faults.sent_ns >= 0) & (faults.replied_ns >= 0)
+    urgent = faults.is_urgent & (faults.sent_ns >= 0) & (faults.replied_ns >= 0)
     if not urgent.any():
         raise TraceError("the trace has no urgent fault that could say how long one takes")
     read_ns = np.maximum(faults.read_ns[urgent], 0)

@@ -7,6 +7,8 @@ from migrate.v1 import types_pb2 as types
 
 OCTAVE_MIN = 10
 SUB_BUCKETS = 32
+STALL_MIN_US = 15.0
+"""Shorter ones of the guest's are local faults of the hypervisor, which would hide the others."""
 _QUANTILES = {"p50": 0.50, "p90": 0.90, "p99": 0.99, "p999": 0.999}
 
 

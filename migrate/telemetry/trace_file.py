@@ -17,19 +17,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from google.protobuf.message import Message
 
+from migrate.client.words import state_word
 from migrate.errors import TraceError
 from migrate.files import replace_file
+from migrate.telemetry.totals import PAGE_KINDS
 from migrate.v1 import types_pb2 as types
 
 FORMAT = 1
 """Goes up when a reader of the one before would be misled."""
 
 KINDS = ("zero", "urgent", "background", "present")
-"""What brought the page of a fault, by its number in TracePart.faults."""
+"""What brought the page of a fault, by its number in TracePart.faults. The wire's: a trace is read where C is not."""
 
-COUNTS = ("zero", "precopy", "urgent", "background", "duplicate", "stale")
-"""Columns of a progress row that are named like PageCounts' fields, with `_pages` behind."""
-
+_URGENT, _BACKGROUND, _PRESENT = (KINDS.index(kind) for kind in ("urgent", "background", "present"))
 _RECORD_WORDS = 8
 _RECORD_BYTES = _RECORD_WORDS * 8
 _NUMBER_MAX = 2**62
@@ -54,7 +54,7 @@ SCHEMA = pa.schema(
         pa.field("replied_ns", pa.int64()),
         pa.field("placed_ns", pa.int64()),
         # of progress
-        *(pa.field(f"{name}_pages", pa.int64()) for name in COUNTS),
+        *(pa.field(f"{name}_pages", pa.int64()) for name in PAGE_KINDS),
         pa.field("missing_pages", pa.int64()),
         pa.field("bytes_on_wire", pa.int64()),
         pa.field("missing_map", pa.binary()),
@@ -100,10 +100,35 @@ class Faults:
     def __len__(self) -> int:
         return len(self.at_ns)
 
+    @property
+    def latency_ns(self) -> np.ndarray:
+        """Kernel event read to page placed."""
+        return np.asarray(self.placed_ns - self.at_ns)
+
+    @property
+    def is_urgent(self) -> np.ndarray:
+        """Whether each page was asked for because of the fault."""
+        return np.asarray(self.kind == _URGENT)
+
+    @property
+    def is_network_fault(self) -> np.ndarray:
+        """Whether each page came from the source, asked for because of the fault or before it."""
+        return np.asarray(self.is_urgent | (self.kind == _BACKGROUND))
+
+    @property
+    def is_present(self) -> np.ndarray:
+        """Whether each page had come before the event was read, so that nobody waited."""
+        return np.asarray(self.kind == _PRESENT)
+
+    @property
+    def has_stages(self) -> np.ndarray:
+        """Which faults are urgent, and were taken, asked for and answered."""
+        return self.is_urgent & (self.taken_ns >= 0) & (self.sent_ns >= 0) & (self.replied_ns >= 0)
+
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far the pages were at one time; `pages` has a number for each of COUNTS."""
+    """How far the pages were at one time; `pages` has a number for each of PAGE_KINDS."""
 
     at_ns: int
     pages: Mapping[str, int]
@@ -232,14 +257,14 @@ class TraceRecorder:
             {
                 "event": "progress",
                 "at_ns": sample.at_ns - self._origin_ns,
-                **{f"{name}_pages": getattr(sample.pages, name) for name in COUNTS},
+                **{f"{name}_pages": getattr(sample.pages, name) for name in PAGE_KINDS},
                 "missing_pages": sample.missing_pages,
                 "bytes_on_wire": sample.bytes_on_wire,
                 "missing_map": sample.missing_map,
             }
             for sample in self._progress
         ]
-        steps = [{"event": "state", "at_ns": at_ns, "state": _state_word(state)} for at_ns, state in states]
+        steps = [{"event": "state", "at_ns": at_ns, "state": state_word(state)} for at_ns, state in states]
         stalls = [
             {"event": "stalls", "at_ns": last_ns, "stall_us": stall.stall_us, "count": stall.count}
             for stall in self._stalls
@@ -323,7 +348,7 @@ def _read_faults(table: pa.Table) -> Faults:
 def _read_progress(row: Mapping[str, Any]) -> Progress:
     return Progress(
         row["at_ns"],
-        {name: row[f"{name}_pages"] for name in COUNTS},
+        {name: row[f"{name}_pages"] for name in PAGE_KINDS},
         row["missing_pages"],
         row["bytes_on_wire"],
         row["missing_map"] or b"",
@@ -361,7 +386,3 @@ def _encoded(columns: Mapping[str, Any], column: pa.Field, rows: int) -> Any:
 
 def _words(word: str, rows: int) -> Any:
     return pa.array([word] * rows, type=pa.string())
-
-
-def _state_word(state: int) -> str:
-    return types.MigrationState.Name(types.MigrationState.ValueType(state)).removeprefix("MIGRATION_STATE_").lower()

@@ -99,3 +99,11 @@ def test_the_client_needs_no_c():
     words = "import sys, migrate.client; sys.exit(any(name.startswith('migrate.native') for name in sys.modules))"
 
     assert subprocess.run([sys.executable, "-c", words], cwd=ROOT, timeout=30, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("module", ["migrate.telemetry.trace_file", "migrate.telemetry.report", "migrate.pager.replay"])
+def test_a_trace_needs_no_c(module):
+    """It is written, and looked at, where a client runs."""
+    words = f"import sys, {module}; sys.exit(any(name.startswith('migrate.native') for name in sys.modules))"
+
+    assert subprocess.run([sys.executable, "-c", words], cwd=ROOT, timeout=30, check=False).returncode == 0

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from migrate.telemetry.report import report_html
 from migrate.telemetry.report.figures import flatten
-from migrate.telemetry.trace_file import COUNTS, Faults, Progress, Trace, read_trace
+from migrate.telemetry.totals import PAGE_KINDS
+from migrate.telemetry.trace_file import Faults, Progress, Trace, read_trace
 from tests.harness.cli import run
 from tests.harness.traces import PARTS_US, STATES_MS, write_trace
 
@@ -234,7 +235,7 @@ def any_trace(draw):
     progress = st.builds(
         Progress,
         ANY_NS,
-        st.fixed_dictionaries(dict.fromkeys(COUNTS, numbers)),
+        st.fixed_dictionaries(dict.fromkeys(PAGE_KINDS, numbers)),
         numbers,
         numbers,
         st.binary(max_size=300),

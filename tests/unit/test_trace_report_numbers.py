@@ -12,7 +12,6 @@ from migrate.telemetry.report.timeline import COLUMNS, ROWS, clock_of, fault_map
 from migrate.telemetry.report.timing import (
     STAGES,
     guest_curve,
-    has_stages,
     kinds_of,
     latencies_us,
     pager_curve,
@@ -75,7 +74,7 @@ def test_stages_add_up_to_the_latency(trace):
     stages = stages_of(faults)
 
     assert [stage.name for stage in stages] == [name for name, _ in STAGES]
-    assert sum(stage.mean_us for stage in stages) == pytest.approx(latencies_us(faults)[has_stages(faults)].mean())
+    assert sum(stage.mean_us for stage in stages) == pytest.approx(latencies_us(faults)[faults.has_stages].mean())
     assert sum(stage.share for stage in stages) == pytest.approx(1)
     read_us = faults.read_ns[faults.kind == KINDS.index("urgent")] / 1000
     assert stages[3].p99_us == distribution_of(read_us.tolist()).p99

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from migrate.telemetry.report import figures, timeline, timing
-from migrate.telemetry.trace_file import KINDS, Trace
+from migrate.telemetry.trace_file import Trace
 from migrate.units import pages_to_bytes
 
 _SAME_SHARE = 0.001
@@ -63,7 +63,7 @@ class Subject:
     def unstaged(self) -> int:
         """Urgent faults that are not in the stages."""
         faults = self.trace.faults
-        return int((faults.kind == KINDS.index("urgent")).sum() - timing.has_stages(faults).sum())
+        return int(faults.is_urgent.sum() - faults.has_stages.sum())
 
     @cached_property
     def kinds(self) -> list[timing.Part]:

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from migrate.client.words import FINAL_STATES, state_word
 from migrate.telemetry.report.figures import clean, number_of
 from migrate.telemetry.trace_file import KINDS, Progress, Trace
 from migrate.units import PAGE_SIZE_BYTES, pages_to_bytes
@@ -23,7 +24,7 @@ _AFTER = 4
 RATES = ("faults", "precopy pages", "urgent pages", "background pages", "zero pages", "bytes on the wire")
 """What there may be a rate of, in the order in which they are drawn."""
 
-FINAL_STATES = frozenset({"completed", "cancelled", "failed"})
+_FINAL_WORDS = frozenset(map(state_word, FINAL_STATES))
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +99,7 @@ def phases_of(trace: Trace, clock: Clock) -> list[Phase]:
         return []
     if steps[0][0] > clock.begin_s:
         steps.insert(0, (clock.begin_s, "setup"))
-    if steps[-1][1] not in FINAL_STATES:
+    if steps[-1][1] not in _FINAL_WORDS:
         steps.append((clock.end_s, ""))
     return [Phase(state, begin, max(begin, end)) for (begin, state), (end, _) in pairwise(steps)]
 

@@ -7,14 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from migrate.telemetry.histogram import STALL_MIN_US
 from migrate.telemetry.report.figures import number_of
 from migrate.telemetry.trace_file import KINDS, Faults
 
-STALL_US_MIN = 15.0
-"""Below that, a touch was a local fault of the hypervisor."""
-
-_PRESENT = KINDS.index("present")
-_URGENT = KINDS.index("urgent")
 _POINTS = 300
 _VCPUS_MAX = 16
 
@@ -78,12 +74,12 @@ class Part:
 
 def latencies_us(faults: Faults) -> np.ndarray:
     """Kernel event read to page placed, of every fault."""
-    return np.asarray((faults.placed_ns - faults.at_ns) / 1000.0)
+    return np.asarray(faults.latency_ns / 1000.0)
 
 
 def pager_curve(faults: Faults) -> Curve:
     """Latencies of the faults that waited: not of those whose page had come before their event."""
-    return _curve_of(latencies_us(faults)[faults.kind != _PRESENT])
+    return _curve_of(latencies_us(faults)[~faults.is_present])
 
 
 def guest_curve(stalls: Sequence[tuple[float, int]]) -> Curve:
@@ -91,7 +87,7 @@ def guest_curve(stalls: Sequence[tuple[float, int]]) -> Curve:
     kept = sorted(
         (float(us), int(count))
         for us, count in stalls
-        if number_of(us) is not None and number_of(count) is not None and us >= STALL_US_MIN and count > 0
+        if number_of(us) is not None and number_of(count) is not None and us >= STALL_MIN_US and count > 0
     )
     values_us = np.array([us for us, _ in kept], dtype=np.float64)
     counts = np.array([count for _, count in kept], dtype=np.int64)
@@ -104,18 +100,12 @@ def _curve_of(values_us: np.ndarray) -> Curve:
     return Curve(ranked, np.arange(1, len(ranked) + 1), float(ranked.mean()) if len(ranked) else 0.0)
 
 
-def has_stages(faults: Faults) -> np.ndarray:
-    """Which faults are urgent, and were taken, asked for and answered."""
-    times = (faults.taken_ns, faults.sent_ns, faults.replied_ns)
-    return np.asarray((faults.kind == _URGENT) & np.logical_and.reduce([each >= 0 for each in times]))
-
-
 def stages_of(faults: Faults) -> list[Part]:
-    """Where the time of urgent faults went; the means add up to the mean latency of those that has_stages() picks.
+    """Where the time of urgent faults went; the means add up to the mean latency of those that Faults.has_stages picks.
 
     Where no source said how long it read, that stage is left out, and its time is in that of the network.
     """
-    kept = has_stages(faults)
+    kept = faults.has_stages
     if not kept.any():
         return []
     taken, sent, replied = (each[kept] for each in (faults.taken_ns, faults.sent_ns, faults.replied_ns))
@@ -154,7 +144,7 @@ def kinds_of(faults: Faults) -> list[Part]:
 
 def vcpus_of(faults: Faults) -> list[Part]:
     """The faults that waited, by who waited; of many vCPUs, those that waited longest by themselves."""
-    waited = faults.kind != _PRESENT
+    waited = ~faults.is_present
     taken_us, vcpus = latencies_us(faults)[waited], faults.vcpu[waited]
     names, place = np.unique(vcpus, return_inverse=True)
     blocked_us = np.bincount(place, weights=taken_us, minlength=len(names)) if len(names) else np.zeros(0)
