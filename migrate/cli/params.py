@@ -24,7 +24,6 @@ from migrate.client.terms import (
 )
 from migrate.config import ORDERS, Endpoint, check_order_word
 from migrate.errors import ConfigError
-from migrate.pager.orders import installed_orders
 from migrate.units import PAGE_SIZE_BYTES, parse_duration_us, parse_rate_bytes_per_s, parse_size_bytes
 
 DEFAULT_DAEMON = "127.0.0.1:7400"
@@ -79,6 +78,8 @@ def _order(text: str) -> str:
 
 def complete_order(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Orders of this host; the destination may have others."""
+    from migrate.pager.orders import installed_orders  # noqa: PLC0415 - importlib.metadata takes a while to load
+
     return [
         CompletionItem(source.name, help=source.where)
         for source in installed_orders()

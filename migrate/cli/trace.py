@@ -4,8 +4,8 @@ from pathlib import Path
 
 import click
 
-from migrate.cli.extras import extra_is_missing
-from migrate.cli.replay import replay
+from migrate.cli.extras import imports_extra
+from migrate.cli.params import DURATION, ORDER, RATE, complete_order, json_option, recorded_option
 from migrate.errors import TraceError
 from migrate.files import replace_file
 
@@ -25,12 +25,9 @@ def report(files: tuple[Path, ...], output: Path) -> None:
 
     The first trace is what the others are compared with.
     """
-    # numpy and its kin come with the extra `trace`, and take a while to load.
-    try:
+    with imports_extra():
         from migrate.telemetry.report import report_html  # noqa: PLC0415
         from migrate.telemetry.trace_file import read_trace  # noqa: PLC0415
-    except ModuleNotFoundError as error:
-        raise extra_is_missing(error) from error
     if any(path.resolve() == output.resolve() for path in files):
         raise TraceError(f"{output} is one of the traces, and would be written over", remedy="name another --output")
     page = report_html([(str(path), read_trace(path)) for path in files]).encode()
@@ -41,4 +38,41 @@ def report(files: tuple[Path, ...], output: Path) -> None:
     click.echo(f"{output}: {len(files)} trace{'s' * (len(files) > 1)}, {len(page):,} bytes")
 
 
-trace.add_command(replay)
+@trace.command()
+@click.argument("file", type=_FILE)
+@click.option(
+    "--order",
+    "orders",
+    type=ORDER,
+    required=True,
+    multiple=True,
+    shell_complete=complete_order,
+    help="Of the background; may be given several times. MODULE:CLASS is imported.",
+)
+@click.option("--rtt", "rtt_us", type=DURATION, help="Round trip of the line.  [default: that of the trace]")
+@click.option(
+    "--like",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="A trace over the line in question: its round trip, and what its faults took, instead of FILE's.",
+)
+@click.option("--bandwidth", type=RATE, help="What the line carries.  [default: the most that the trace shows]")
+@recorded_option
+@json_option
+def replay(
+    file: Path,
+    orders: tuple[str, ...],
+    rtt_us: int | None,
+    like: Path | None,
+    bandwidth: int | None,
+    recorded: list[int],
+    as_json: bool,
+) -> None:
+    """Replay the touches of a trace in a simulator, by another order or on another line.
+
+    For each order, beside what was recorded and an oracle that knows what will be touched: the share of pages that a
+    vCPU waited for, how long all waited, and percentiles of a wait. A trace of --order demand has every first touch;
+    any other lacks those of pages that had come before.
+    """
+    with imports_extra():
+        from migrate.cli.replay import replay_by  # noqa: PLC0415
+    replay_by(orders, file, like, rtt_us=rtt_us, bandwidth=bandwidth, recorded_pages=recorded, as_json=as_json)

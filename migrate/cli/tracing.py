@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import click
 
-from migrate.cli.extras import extra_is_missing
+from migrate.cli.extras import imports_extra
 from migrate.cli.render import migration_json
 from migrate.client import Client
 from migrate.client.words import FINAL_STATES
@@ -42,10 +42,8 @@ def make_recorder(path: Path) -> "TraceRecorder":
     Raises:
         TraceError: it could not be written there; better known now.
     """
-    try:
-        from migrate.telemetry.trace_file import TraceRecorder  # noqa: PLC0415 - takes a while to load
-    except ModuleNotFoundError as error:
-        raise extra_is_missing(error) from error
+    with imports_extra():
+        from migrate.telemetry.trace_file import TraceRecorder  # noqa: PLC0415
     if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
         raise TraceError(
             f"the trace cannot be written to {path}", remedy="name a file in a directory that you may write"

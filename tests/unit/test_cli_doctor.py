@@ -1,7 +1,9 @@
 """`migrate doctor` and the probe behind it."""
 
+import json
 import os
 import re
+import subprocess
 import sys
 
 import pytest
@@ -146,6 +148,17 @@ def test_probe_where_the_extension_is_not_built(monkeypatch):
 
     assert set(failed) == {"native-extension", "uffd-user-faults"}
     assert "pip install" in failed["native-extension"].remedy
+
+
+def test_doctor_runs_where_the_extension_is_not_built():
+    words = "import sys; sys.modules['migrate.native._native'] = None; from migrate.cli.main import run; run()"
+    result = subprocess.run(
+        [sys.executable, "-c", words, "doctor", "--json"], capture_output=True, text=True, timeout=60, check=False
+    )
+
+    assert result.returncode == 1, result.stderr
+    checks = {check["name"]: check for check in json.loads(result.stdout)["checks"]}
+    assert "pip install" in checks["native-extension"]["remedy"]
 
 
 @pytest.mark.parametrize("kind", ["kvm", "process"])
