@@ -1,9 +1,16 @@
 """Two daemons for the tests of a file, and daemons with TLS."""
 
+import itertools
+
 import pytest
 
+from migrate.v1 import guest_service_pb2 as guest
 from tests.harness.daemons import DaemonProcess, close_together, two_daemons
+from tests.harness.operator import is_free
 from tests.harness.tls_dirs import Certificates
+from tests.harness.waiting import wait_until
+
+_names = (f"guest-{number}" for number in itertools.count())
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +27,25 @@ def source(daemons):
 @pytest.fixture
 def destination(daemons):
     return daemons[1]
+
+
+@pytest.fixture
+def make_guest(source, destination):
+    """Makes guests at the source that have populated their RAM; none is left on either side."""
+    made = []
+
+    def make(memory_mib=64, **spec):
+        name = next(_names)
+        made.append(name)
+        source.create(name, memory_mib=memory_mib, **spec)
+        source.wait_populated(name)
+        return name
+
+    yield make
+    for name, daemon in itertools.product(made, (source, destination)):
+        wait_until(lambda name=name, daemon=daemon: is_free(daemon, name), 10, f"{name} to be free")
+        if name in daemon.guest_names():
+            daemon.guests.DeleteGuest(guest.DeleteGuestRequest(name=name), timeout=30)
 
 
 @pytest.fixture(scope="module")

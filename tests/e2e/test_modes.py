@@ -1,43 +1,20 @@
 """Modes and orders, as an operator asks for them: real daemons, guests under load, the command line."""
 
-import itertools
-
 import pytest
 
-from migrate.v1 import guest_service_pb2 as guest
 from migrate.v1 import types_pb2 as types
 from tests.harness import cli
-from tests.harness.operator import ask, check_moved, check_runs, is_free, start, start_detached, status
+from tests.harness.operator import ask, check_moved, check_runs, start, start_detached, status
 from tests.harness.waiting import wait_until
 
 pytestmark = [pytest.mark.kvm, pytest.mark.uffd]
 
-_names = (f"modes-{number}" for number in itertools.count())
 # Two thousand pages a second: any link here moves more.
 SLOW_WRITER = {"vcpus": 2, "workload": "uniform", "write_ratio": 1.0, "touch_rate_per_s": 1000}
 FULL_SPEED_WRITER = {"memory_mib": 32, "vcpus": 2, "workload": "uniform", "write_ratio": 1.0}
 HOT_ZIPF = {"vcpus": 2, "workload": "zipf", "write_ratio": 0.5}
 # A round takes a third of a second, in which a writer at full speed writes nearly all pages again.
 HOPELESS = ("--mode", "precopy", "--max-bandwidth", "100MB/s")
-
-
-@pytest.fixture
-def make_guest(source, destination):
-    """Makes guests at the source that have populated their RAM; none is left on either side."""
-    made = []
-
-    def make(memory_mib=64, **spec):
-        name = next(_names)
-        made.append(name)
-        source.create(name, memory_mib=memory_mib, **spec)
-        source.wait_populated(name)
-        return name
-
-    yield make
-    for name, daemon in itertools.product(made, (source, destination)):
-        wait_until(lambda name=name, daemon=daemon: is_free(daemon, name), 10, f"{name} to be free")
-        if name in daemon.guest_names():
-            daemon.guests.DeleteGuest(guest.DeleteGuestRequest(name=name), timeout=30)
 
 
 def wait_for_rounds(source, migration_id, rounds=2):

@@ -1,17 +1,16 @@
 """Policies, as an operator asks for them: of the destination's own, of somebody else's package, and refused."""
 
 import contextlib
-import itertools
 import json
 import os
 import subprocess
 import sys
 from contextlib import closing
+from functools import partial
 
 import pytest
 
 from migrate.client import Client
-from migrate.v1 import guest_service_pb2 as guest
 from migrate.v1 import types_pb2 as types
 from tests.harness.daemons import DaemonProcess
 from tests.harness.operator import ask, check_moved, check_runs, is_free, start
@@ -41,7 +40,6 @@ WALKER = {"memory_mib": 16, "workload": "sequential", "touch_rate_per_s": 3000}
 SLOW = {"mode": types.MIGRATION_MODE_POSTCOPY, "max_bandwidth_bytes_per_s": 16 << 20}
 EVIL = "evil_policy:Good"
 EVIL_TEXT = "from pathlib import Path\n\nPath(__file__).with_suffix('.imported').touch()\n"
-_names = (f"policies-{number}" for number in itertools.count())
 
 
 @pytest.fixture(scope="module")
@@ -72,22 +70,8 @@ def daemons(third_party, directory):
 
 
 @pytest.fixture
-def make_guest(source, destination):
-    """Makes guests at the source that have populated their RAM; none is left on either side."""
-    made = []
-
-    def make(memory_mib=32, **spec):
-        name = next(_names)
-        made.append(name)
-        source.create(name, memory_mib=memory_mib, **spec)
-        source.wait_populated(name)
-        return name
-
-    yield make
-    for name, daemon in itertools.product(made, (source, destination)):
-        wait_until(lambda name=name, daemon=daemon: is_free(daemon, name), 10, f"{name} to be free")
-        if name in daemon.guest_names():
-            daemon.guests.DeleteGuest(guest.DeleteGuestRequest(name=name), timeout=30)
+def make_guest(make_guest):
+    return partial(make_guest, memory_mib=32)
 
 
 @pytest.mark.parametrize(

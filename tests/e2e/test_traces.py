@@ -1,6 +1,7 @@
 """`--trace FILE`: every fault of a migration between two daemons, as the migration's own figures have it."""
 
 import itertools
+from functools import partial
 from math import ceil
 
 import numpy as np
@@ -16,19 +17,12 @@ from tests.harness.waiting import wait_until
 
 pytestmark = [pytest.mark.kvm, pytest.mark.uffd]
 
-_names = (f"traced-{number}" for number in itertools.count())
 URGENT, PRESENT = KINDS.index("urgent"), KINDS.index("present")
 
 
 @pytest.fixture
-def guest(source):
-    def make(**options):
-        name = next(_names)
-        source.create(name, **{"memory_mib": 64, "vcpus": 2, **options})
-        source.wait_populated(name)
-        return name
-
-    return make
+def make_guest(make_guest):
+    return partial(make_guest, vcpus=2)
 
 
 def delete(daemon, name):
@@ -77,8 +71,8 @@ def check_stages(faults, *, is_native):
 
 @pytest.mark.parametrize("mode", ["postcopy", "hybrid"])
 @pytest.mark.parametrize(("kind", "transport"), [("kvm", "native"), ("process", "native"), ("kvm", "grpcio")])
-def test_a_trace_says_what_the_report_says(source, destination, guest, tmp_path, kind, transport, mode):
-    name = guest(kind=kind)
+def test_a_trace_says_what_the_report_says(source, destination, make_guest, tmp_path, kind, transport, mode):
+    name = make_guest(kind=kind)
     path = tmp_path / "trace.parquet"
     words = ("--mode", mode, "--transport", transport, "--max-bandwidth", "100MB", "--trace", str(path))
     report = start(source, destination, name, *words)
@@ -96,8 +90,8 @@ def test_a_trace_says_what_the_report_says(source, destination, guest, tmp_path,
     delete(destination, name)
 
 
-def test_a_trace_in_mode_precopy_has_no_fault_but_all_the_rest(source, destination, guest, tmp_path):
-    name = guest(workload="idle")
+def test_a_trace_in_mode_precopy_has_no_fault_but_all_the_rest(source, destination, make_guest, tmp_path):
+    name = make_guest(workload="idle")
     path = tmp_path / "trace.parquet"
     report = start(source, destination, name, "--mode", "precopy", "--trace", str(path))
     check_moved(source, destination, name, report)
@@ -109,8 +103,8 @@ def test_a_trace_in_mode_precopy_has_no_fault_but_all_the_rest(source, destinati
     delete(destination, name)
 
 
-def test_what_cannot_be_written_is_known_before_anything_begins(source, destination, guest, tmp_path):
-    name = guest()
+def test_what_cannot_be_written_is_known_before_anything_begins(source, destination, make_guest, tmp_path):
+    name = make_guest()
     words = ("start", name, "--to", destination.address, "--trace")
     refused = ask(source, *words, str(tmp_path / "missing" / "t.parquet"), exit_code=1)
     assert "the trace cannot be written" in refused.stderr
@@ -120,16 +114,16 @@ def test_what_cannot_be_written_is_known_before_anything_begins(source, destinat
     delete(source, name)
 
 
-def test_a_migration_that_is_not_traced_has_no_trace(source, destination, guest):
-    name = guest(workload="idle")
+def test_a_migration_that_is_not_traced_has_no_trace(source, destination, make_guest):
+    name = make_guest(workload="idle")
     report = start(source, destination, name)
     with Client(source.address) as client, pytest.raises(ConfigError, match="is not traced here"):
         next(client.migrations.trace(report["migration_id"]))
     delete(destination, name)
 
 
-def test_a_cancelled_migration_leaves_the_trace_of_what_there_was(source, destination, guest, tmp_path):
-    name = guest(memory_mib=128)
+def test_a_cancelled_migration_leaves_the_trace_of_what_there_was(source, destination, make_guest, tmp_path):
+    name = make_guest(memory_mib=128)
     path = tmp_path / "trace.parquet"
     with following(source, destination, name, "--max-bandwidth", "10MB", "--trace", str(path)) as followed:
         # A guest is claimed a moment before its migration is known.

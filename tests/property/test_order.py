@@ -72,6 +72,22 @@ def background_of():
         one.close()
 
 
+def step(data, background, action, asked, wanted, max_pages):
+    """Do what anyone may do with an order; `asked` is the pages that are asked for."""
+    if action == "fault":
+        page = data.draw(st.integers(0, background.pages - 1))
+        background.fault(page)
+        asked |= {page} & wanted
+    elif action == "give back" and asked:
+        page = data.draw(st.sampled_from(sorted(asked)))
+        background.give_back(page, 1)
+        asked.discard(page)
+    else:
+        run = background.claim(max_pages)
+        assert len(run) <= max_pages
+        asked |= set(run)
+
+
 @given(data=st.data(), order=st.sampled_from(Order), pages=st.integers(1, PAGES_MAX), max_pages=st.integers(1, 64))
 def test_every_order_ends_up_at_every_page(data, order, pages, max_pages):
     present = data.draw(st.sets(st.integers(0, pages - 1), max_size=pages // 2))
@@ -81,18 +97,7 @@ def test_every_order_ends_up_at_every_page(data, order, pages, max_pages):
         asked = set()
         for _ in range(4 * pages + 10):
             action = data.draw(st.sampled_from(["claim", "claim", "claim", "fault", "give back"]))
-            if action == "fault":
-                page = data.draw(st.integers(0, pages - 1))
-                background.fault(page)
-                asked |= {page} & wanted
-            elif action == "give back" and asked:
-                page = data.draw(st.sampled_from(sorted(asked)))
-                background.give_back(page, 1)
-                asked.discard(page)
-            else:
-                run = background.claim(max_pages)
-                assert len(run) <= max_pages
-                asked |= set(run)
+            step(data, background, action, asked, wanted, max_pages)
             if len(asked) == len(wanted):
                 break
         while run := background.claim(max_pages):
@@ -181,18 +186,8 @@ def test_whatever_is_suggested_or_held_every_page_is_asked_for_once(data, pages,
                 background.hold(data.draw(st.integers(0, 2_000_000)))
             elif action == "wait":
                 background.now_ns += data.draw(st.integers(0, 1_500_000_000))
-            elif action == "fault":
-                page = data.draw(st.integers(0, pages - 1))
-                background.fault(page)
-                asked |= {page} & wanted
-            elif action == "give back" and asked:
-                page = data.draw(st.sampled_from(sorted(asked)))
-                background.give_back(page, 1)
-                asked.discard(page)
             else:
-                run = background.claim(max_pages)
-                assert len(run) <= max_pages
-                asked |= set(run)
+                step(data, background, action, asked, wanted, max_pages)
         background.now_ns += HOLD_MAX_US * 1000
         while run := background.claim(max_pages):
             asked |= set(run)
