@@ -25,6 +25,8 @@ from migrate.errors import (
 from migrate.v1 import types_pb2
 
 LOOK_S = 0.2
+_SWITCHOVER_S = 2.0
+"""After this, a switchover no longer passes by: its answer was lost, or a daemon was."""
 
 _FAILED_STATES = (types_pb2.MIGRATION_STATE_FAILED, types_pb2.MIGRATION_STATE_CANCELLED)
 # Where a migration waits for its destination, however long that takes. A switchover only passes by if nothing is lost.
@@ -299,7 +301,7 @@ class Drain:
             return
         for destination in self._destinations.values():
             destination.look(now_s)
-        flowing = sum(move.outcome is Outcome.MOVING and move.still_since_s is None for move in self.moves.values())
+        flowing = sum(_is_flowing(move, now_s) for move in self.moves.values())
         for move in waiting:
             if flowing >= self._terms.parallel:
                 return
@@ -350,6 +352,13 @@ class Drain:
     def _fail(self, move: Move, words: str) -> None:
         move.outcome, move.error = Outcome.FAILED, words
         self._tell(f"{move.guest}: failed: {words}")
+
+
+def _is_flowing(move: Move, now_s: float) -> bool:
+    """Whether it counts against what goes on at one time; a pause, and a switchover that stands, leave room."""
+    if move.outcome is not Outcome.MOVING or move.still_since_s is None:
+        return move.outcome is Outcome.MOVING
+    return not move.error and now_s - move.still_since_s < _SWITCHOVER_S
 
 
 def _may_pass(found: types_pb2.Migration) -> bool:

@@ -119,9 +119,10 @@ def test_drain_ends_with_all_guests_running_though_a_destination_is_killed_and_s
 def test_drain_that_is_interrupted_goes_on_where_it_was(hosts):
     names = NAMES[:4]
     hosts.create(names)
-    hosts.barriers.hold(Point.DESTINATION_RUNNING)
+    # There its pages flow, so that this drain begins no other.
+    hosts.barriers.hold(Point.SOURCE_PRECOPY)
     with hosts.draining("--parallel", "1") as process:
-        held_id, _ = hosts.barriers.wait_held(Point.DESTINATION_RUNNING, HELD_S)
+        held_id, _ = hosts.barriers.wait_held(Point.SOURCE_PRECOPY, HELD_S)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=HELD_S)
     assert process.returncode == 130
@@ -130,7 +131,7 @@ def test_drain_that_is_interrupted_goes_on_where_it_was(hosts):
     with hosts.draining("--parallel", "1") as process:
         # It has seen the one that is held once it says so.
         first = process.stderr.readline()
-        hosts.barriers.release(Point.DESTINATION_RUNNING)
+        hosts.barriers.release(Point.SOURCE_PRECOPY)
         report, err = result_of(process)
 
     assert f"by migration {held_id}" in first

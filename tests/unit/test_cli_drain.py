@@ -16,6 +16,7 @@ from tests.harness.fake_daemon import FakeDaemon, make_guest, make_migration, se
 WAIT_S = 60.0
 COMPLETED = types_pb2.MIGRATION_STATE_COMPLETED
 POSTCOPY = types_pb2.MIGRATION_STATE_POSTCOPY
+SWITCHOVER = types_pb2.MIGRATION_STATE_SWITCHOVER
 PAUSED = types_pb2.MIGRATION_STATE_POSTCOPY_PAUSED
 FAILED = types_pb2.MIGRATION_STATE_FAILED
 
@@ -56,7 +57,7 @@ class FakeHost(FakeDaemon):
             latest.error.CopyFrom(types_pb2.ErrorInfo(type=error, message=words, holder=holder))
         if state == COMPLETED:
             self.guests.remove(self.of_name(name))
-        elif state not in (POSTCOPY, PAUSED):
+        elif state not in (POSTCOPY, SWITCHOVER, PAUSED):
             self.of_name(name).migration_id = ""
 
     def started(self):
@@ -220,12 +221,23 @@ def test_paused_guest_makes_room_is_recovered_and_goes_on(world):
     assert set(made.outcomes().values()) == {Outcome.MOVED}
 
 
-@pytest.mark.parametrize("state", [PAUSED, types_pb2.MIGRATION_STATE_SWITCHOVER])
+def test_switchover_makes_no_room_unless_it_stands_still(world):
+    made = world("a", "b", parallel=1)
+    made.step()
+    made.source.settle("a", SWITCHOVER)
+
+    made.step()
+    made.step(1)
+    assert [name for name, _ in made.source.started()] == ["a"]
+    made.step(2)
+    assert [name for name, _ in made.source.started()] == ["a", "b"]
+
+
+@pytest.mark.parametrize("state", [PAUSED, SWITCHOVER])
 def test_guest_that_stands_still_for_too_long_is_left(world, state):
     made = world("a")
     made.step()
     made.source.settle("a", state, "PostcopyPausedError", types_pb2.GUEST_HOLDER_SPLIT)
-    made.source.of_name("a").migration_id = "m-1"
 
     assert not made.step()
     assert made.step(WAIT_S + 1)
