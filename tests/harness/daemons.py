@@ -19,6 +19,7 @@ from migrate.v1 import migration_service_pb2 as migration
 from migrate.v1 import migration_service_pb2_grpc as migration_rpc
 from migrate.v1 import transfer_service_pb2_grpc as transfer_rpc
 from migrate.v1 import types_pb2 as types
+from tests.harness.ports import ReservedPort
 from tests.harness.processes import end_guests
 from tests.harness.waiting import wait_until
 
@@ -48,7 +49,8 @@ class DaemonProcess:
     """One `migrate daemon`, ended by close() and checked for a clean exit.
 
     Args:
-        host: Where it listens, on ports that the kernel chooses, if `listen` says nothing else.
+        host: Where it listens, if `listen` says nothing else: on ports that stay free while it is dead, with a
+            `state_dir`; on some that the kernel chooses, without.
         prefix: Words before the command.
         options: Words after it.
         env: Variables besides those that are there.
@@ -81,7 +83,15 @@ class DaemonProcess:
         self._command += [] if state_dir is None else ["--state-dir", str(state_dir)]
         self._command += [] if tls_dir is None else ["--tls-dir", str(tls_dir)]
         self._env = {**os.environ, **(env or {})}
-        self._start(listen or f"{host}:0", page_listen)
+        self._ports = []
+        if state_dir is not None and listen is None:
+            self._ports = [ReservedPort(), ReservedPort()]
+            listen, page_listen = (f"{host}:{port.number}" for port in self._ports)
+        try:
+            self._start(listen or f"{host}:0", page_listen)
+        except BaseException:
+            self._release_ports()
+            raise
 
     def _start(self, listen, page_listen):
         ready_read, ready_write = os.pipe()
@@ -135,6 +145,11 @@ class DaemonProcess:
                 self.kill()
             if self.state_dir is not None:
                 end_guests(self.state_dir)
+            self._release_ports()
+
+    def _release_ports(self):
+        for port in self._ports:
+            port.close()
 
     def _delete_guests(self):
         # One that a migration holds is left to end_guests, as is one that is on its way out.
