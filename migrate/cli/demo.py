@@ -14,8 +14,9 @@ import click
 
 from migrate.cli.client import connect
 from migrate.cli.demo_linux import LinuxGuest
+from migrate.cli.exits import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_TERMINATED
 from migrate.cli.local_daemon import GuestProcesses, LocalDaemon
-from migrate.cli.migration import EXIT_INTERRUPTED, finish, follow
+from migrate.cli.migration import finish, follow
 from migrate.cli.params import (
     GUEST_NAME,
     DaemonAt,
@@ -28,7 +29,7 @@ from migrate.cli.params import (
     migration_terms,
 )
 from migrate.cli.progress import Reporter, progress_reporter
-from migrate.cli.render import EXIT_FAILED, migration_detail, migration_json, print_json, print_table
+from migrate.cli.render import migration_detail, migration_json, print_json, print_table
 from migrate.cli.tracing import TraceToFile, trace_option
 from migrate.client import Client, pages_present
 from migrate.errors import CallFailedError, MigrateError
@@ -37,7 +38,6 @@ from migrate.units import format_bytes
 from migrate.v1 import types_pb2
 
 AUTO = "auto"
-EXIT_TERMINATED = 128 + signal.SIGTERM
 
 _POLL_INTERVAL_S = 0.1
 # Stamping takes well under a second for each GiB; a slow host gets plenty.

@@ -8,8 +8,9 @@ from pathlib import Path
 import click
 from rich.table import Table
 
+from migrate.cli.exits import EXIT_FAILED
 from migrate.cli.params import json_option
-from migrate.cli.render import EXIT_FAILED, print_json, print_table
+from migrate.cli.render import print_json, print_table
 from migrate.errors import ConfigError
 from migrate.guest.probe import ALL_KINDS, Check, HostCapabilities, probe_host
 

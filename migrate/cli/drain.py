@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from migrate.cli.draining import LOOK_S, Drain, DrainTerms, Move, Outcome
-from migrate.cli.migration import EXIT_INTERRUPTED
+from migrate.cli.exits import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PAUSED
 from migrate.cli.params import (
     DURATION,
     ENDPOINT,
@@ -21,7 +21,7 @@ from migrate.cli.params import (
     migration_terms,
     tls_dir_option,
 )
-from migrate.cli.render import EXIT_FAILED, EXIT_PAUSED, print_json, print_table
+from migrate.cli.render import print_json, print_table
 from migrate.units import format_duration_us
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import click
 
 from migrate.cli.client import connect
+from migrate.cli.exits import EXIT_FAILED
 from migrate.cli.params import DaemonAt, daemons_option, json_option
 from migrate.cli.render import (
-    EXIT_FAILED,
     End,
     ends_table,
     migration_status_json,

@@ -4,30 +4,50 @@ import codecs
 import io
 import os
 import sys
+from importlib import import_module
 from typing import Any
 
 import click
 
-from migrate.cli.completion import completion
-from migrate.cli.daemon import daemon
-from migrate.cli.demo import EXIT_TERMINATED, demo
-from migrate.cli.doctor import doctor
-from migrate.cli.drain import drain
-from migrate.cli.guest import guest
-from migrate.cli.listing import list_migrations
-from migrate.cli.migration import EXIT_INTERRUPTED, cancel, recover, start, status, switchover
-from migrate.cli.policies import policies
-from migrate.cli.render import EXIT_FAILED, EXIT_PAUSED
-from migrate.cli.tls import tls
-from migrate.cli.trace import trace
+from migrate.cli.exits import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PAUSED, EXIT_TERMINATED
 from migrate.errors import MigrateError, PostcopyPausedError
 
 # What stands for the signs that our words have, where stdout or stderr cannot show them.
 _PLAIN_SIGNS = {"µ": "u", "→": "->", "…": "..."}
 
 
+# Where each command is: it starts without what the others import.
+_COMMANDS = {
+    "cancel": "migration:cancel",
+    "completion": "completion:completion",
+    "daemon": "daemon:daemon",
+    "demo": "demo:demo",
+    "doctor": "doctor:doctor",
+    "drain": "drain:drain",
+    "guest": "guest:guest",
+    "list": "listing:list_migrations",
+    "policies": "policies:policies",
+    "recover": "migration:recover",
+    "start": "migration:start",
+    "status": "migration:status",
+    "switchover": "migration:switchover",
+    "tls": "tls:tls",
+    "trace": "trace:trace",
+}
+
+
 class _MigrateGroup(click.Group):
-    """A group whose commands may raise any MigrateError."""
+    """A group whose commands are imported when they are asked for, and may raise any MigrateError."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        if cmd_name not in _COMMANDS:
+            return None
+        module, name = _COMMANDS[cmd_name].split(":")
+        command: click.Command = getattr(import_module(f"migrate.cli.{module}"), name)
+        return command
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -44,23 +64,6 @@ def main() -> None:
 
     Exit codes: 0 done, 1 failed, 2 usage, 3 paused and recoverable.
     """
-
-
-main.add_command(cancel)
-main.add_command(completion)
-main.add_command(daemon)
-main.add_command(demo)
-main.add_command(doctor)
-main.add_command(drain)
-main.add_command(guest)
-main.add_command(list_migrations)
-main.add_command(policies)
-main.add_command(start)
-main.add_command(status)
-main.add_command(recover)
-main.add_command(switchover)
-main.add_command(tls)
-main.add_command(trace)
 
 
 def run() -> None:

@@ -10,6 +10,7 @@ import click
 
 from migrate.cli.client import command_for, connect
 from migrate.cli.completion import complete_guest, complete_migration
+from migrate.cli.exits import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PAUSED
 from migrate.cli.params import (
     ENDPOINT,
     GUEST_NAME,
@@ -22,8 +23,6 @@ from migrate.cli.params import (
 )
 from migrate.cli.progress import JsonReporter, Reporter, progress_reporter
 from migrate.cli.render import (
-    EXIT_FAILED,
-    EXIT_PAUSED,
     migration_detail,
     migration_json,
     migration_status_json,
@@ -38,7 +37,6 @@ from migrate.errors import CallFailedError
 from migrate.v1 import types_pb2
 
 # What a shell reports of a command that an interrupt ended.
-EXIT_INTERRUPTED = 130
 DAEMON_AWAY_S = AWAY_S
 _HINT = "Ctrl-C detaches; the migration goes on"
 

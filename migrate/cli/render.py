@@ -17,9 +17,6 @@ from migrate.errors import GuestHolder
 from migrate.units import format_bytes, format_duration_us
 from migrate.v1 import types_pb2
 
-EXIT_FAILED = 1
-EXIT_PAUSED = 3
-
 # Lines that go to a file or a pipe are cut by whoever reads them, not here.
 _PIPE_COLUMNS = 240
 

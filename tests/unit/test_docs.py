@@ -83,9 +83,9 @@ def flaw_of(words):
             if option not in {name for item in command.params for name in item.opts} | {"--help", "-h"}:
                 return f"`{command.name}` has no {option}"
         elif isinstance(command, click.Group) and not re.match(r"[A-Z…]", word):
-            if word not in command.commands:
+            command = command.get_command(click.Context(command), word)
+            if command is None:
                 return f"there is no command {' '.join(words[: position + 1])}"
-            command = command.commands[word]
     return None
 
 
@@ -98,8 +98,10 @@ def test_commands_and_their_options_exist(path):
 
 def commands(command):
     yield command
-    for child in getattr(command, "commands", {}).values():
-        yield from commands(child)
+    if isinstance(command, click.Group):
+        context = click.Context(command)
+        for name in command.list_commands(context):
+            yield from commands(command.get_command(context, name))
 
 
 @each_document

@@ -114,3 +114,4 @@ def test_a_trace_needs_no_c(module):
 def test_the_command_line_starts_without_what_only_some_commands_need():
     """`migrate doctor` is for hosts where things are missing, and nobody likes to wait for `migrate --help`."""
     assert not needs("migrate.cli.main", "migrate.native", "numpy", "pyarrow")
+    assert not needs("migrate.cli.main", "grpc", "rich")
