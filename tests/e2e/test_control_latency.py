@@ -12,6 +12,7 @@ pytestmark = [pytest.mark.kvm, pytest.mark.uffd]
 LIMIT_S = 0.050
 
 
+@pytest.mark.alone
 def test_control_calls_answer_within_50_ms_in_a_fault_storm(source, destination):
     source.create("g", memory_mib=256, vcpus=4)
     source.wait_populated("g")

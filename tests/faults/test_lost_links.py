@@ -88,6 +88,7 @@ def test_page_that_is_corrupted_is_fetched_again(proxied):
     assert moved.verified_pages == moved.pages.total
 
 
+@pytest.mark.alone
 @TRANSPORTS
 @pytest.mark.parametrize("how", GONE)
 def test_page_link_that_is_gone_pauses_in_time_and_heals_by_itself(proxied, transport, how):
@@ -165,6 +166,7 @@ def test_destination_that_falls_silent_in_a_long_call_is_noticed_in_time(proxied
     proxied.check_moved(migration_id)
 
 
+@pytest.mark.alone
 def test_destination_that_falls_silent_in_postcopy_pauses_the_source_until_it_is_heard_again(proxied):
     proxied.barriers.hold(Point.DESTINATION_COMPLETE)
     migration_id = come_to_postcopy(proxied)
@@ -218,6 +220,7 @@ def recover(daemon, *words, exit_code=0):
     return cli.json_of(ask(daemon, "recover", *words, "--json", exit_code=exit_code))
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("side", ["source", "destination"])
 def test_recover_ends_a_pause_at_once(proxied, side):
     migration_id = come_to_postcopy(proxied)

@@ -45,6 +45,7 @@ def wait_away(since_s, away_s=AWAY_S):
     wait_until(lambda: time.monotonic() - since_s >= away_s, away_s + 1, "the daemon to have been away for so long")
 
 
+@pytest.mark.alone
 def test_killed_destination_daemon_is_one_stall_as_long_as_it_was_away(pair):
     migration_id = start_slow(pair)
     killed_s = time.monotonic()

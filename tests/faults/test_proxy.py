@@ -279,6 +279,7 @@ def test_the_same_seed_flips_the_same_bits(server):
     assert got[0] == got[1] != bytes(16)
 
 
+@pytest.mark.alone
 def test_rate_is_kept_in_each_direction(proxy, client):
     proxy.set_rate(4 << 20)
     began_s = time.monotonic()
@@ -288,6 +289,7 @@ def test_rate_is_kept_in_each_direction(proxy, client):
     assert echo_beside(client, DATA) == DATA
 
 
+@pytest.mark.alone
 def test_delay_is_added_both_ways_and_costs_no_throughput(proxy, client):
     proxy.set_delay(0.1)
     began_s = time.monotonic()
@@ -337,6 +339,7 @@ def test_close_leaves_no_socket_and_no_thread(server):
     assert len(os.listdir("/proc/self/fd")) - before <= 3
 
 
+@pytest.mark.alone
 def test_it_is_faster_than_a_migration_needs():
     total_bytes = 256 << 20
     with (

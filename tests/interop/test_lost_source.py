@@ -105,6 +105,7 @@ def silent(memory):
         each.close()
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("client", "shortest_s", "longest_s"),
     [

@@ -118,6 +118,7 @@ def test_fault_that_was_asked_for_on_a_broken_connection_is_asked_for_again(dest
     assert destination.fetch.counters().reconnects == 1
 
 
+@pytest.mark.alone
 def test_source_that_is_gone_for_good_is_a_channel_error_after_half_the_peer_timeout(destination, memory, source):
     def leave(call, request):
         call.source.refuse_connections()
@@ -136,6 +137,7 @@ def test_source_that_is_gone_for_good_is_a_channel_error_after_half_the_peer_tim
     destination.check_touched(memory, 1)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("status", [1, 14])
 def test_source_that_is_never_available_is_a_channel_error_after_half_the_peer_timeout(destination, source, status):
     def begin(call):
@@ -149,6 +151,7 @@ def test_source_that_is_never_available_is_a_channel_error_after_half_the_peer_t
     assert 0.95 < time.monotonic() - began < 2
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("terms", "seconds"),
     [({"peer_timeout_us": 2_000_000}, 1.0), pytest.param({}, 2.5, marks=pytest.mark.thorough)],
@@ -168,6 +171,7 @@ def test_source_that_falls_silent_is_left_after_half_the_peer_timeout_and_found_
         silent.set()
 
 
+@pytest.mark.alone
 def test_source_that_is_silent_for_good_is_known_to_be_lost_within_the_peer_timeout(destination, source):
     """Connections are taken, and nobody ever speaks on them."""
     silent = threading.Event()

@@ -236,6 +236,7 @@ def test_a_policy_that_exits_is_dropped(flow_of, caplog):
     assert "policy Exiting of migration m is dropped" in caplog.text
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("where", ["__init__", "on_fault", "next_runs"])
 def test_a_policy_that_hangs_holds_nothing_for_more_than_a_second(flow_of, where, transport):
@@ -316,6 +317,7 @@ def test_what_is_no_run_drops_the_policy(flow_of, caplog, runs):
     wait_until(lambda: "policy Odd of migration m is dropped" in caplog.text, 5, "a word about it")
 
 
+@pytest.mark.alone
 def test_faults_are_served_while_a_policy_computes(flow_of):
     """What is between a fault and its page holds no GIL: a policy that never gives it up delays none."""
 
