@@ -12,6 +12,7 @@ import tempfile
 import threading
 from concurrent import futures
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -21,7 +22,6 @@ from migrate.config import DaemonConfig, Endpoint
 from migrate.daemon.access import Access, AccessInterceptor
 from migrate.daemon.guests import GuestRegistry
 from migrate.daemon.limits import CALLS_MAX, SERVER_OPTIONS, LimitInterceptor
-from migrate.daemon.metrics import MetricsServer
 from migrate.daemon.migrations import MigrationRegistry
 from migrate.daemon.peer import GrpcPeer
 from migrate.daemon.programs import Programs
@@ -49,6 +49,9 @@ from migrate.v1 import (
     transfer_service_pb2_grpc,
 )
 from migrate.v1 import types_pb2 as types
+
+if TYPE_CHECKING:
+    from migrate.daemon.metrics import MetricsServer
 
 _GRACE_S = 1.0
 # A control call waits for the GIL behind at most a few threads that place pages; 1 ms turns keep it within its 50 ms.
@@ -100,8 +103,11 @@ class Daemon:
             raise
         self._metrics: MetricsServer | None = None
         if config.metrics_listen:
+            # Its library is not loaded otherwise: guests may be waiting for this daemon.
+            from migrate.daemon import metrics  # noqa: PLC0415
+
             try:
-                self._metrics = MetricsServer(
+                self._metrics = metrics.MetricsServer(
                     Endpoint.parse(config.metrics_listen), self._guests, self._migrations, self._pages
                 )
             except ConfigError:
