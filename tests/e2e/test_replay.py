@@ -15,7 +15,8 @@ from tests.harness.operator import ask, start
 from tests.harness.third_party import install
 from tests.harness.traces import write_trace
 
-pytestmark = [pytest.mark.kvm, pytest.mark.uffd]
+# What a recording cost a busy machine, the simulator takes for the line's.
+pytestmark = [pytest.mark.alone, pytest.mark.kvm, pytest.mark.uffd]
 
 LINE = ("--rtt", "2ms", "--bandwidth", "50MB")
 OWN_TEXT = """
