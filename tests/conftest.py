@@ -1,6 +1,7 @@
 """Skips with their reasons, which MIGRATE_TEST_REQUIRE=kvm,uffd,tmux,root turns into failures; hypothesis profiles.
 
-And where several tests run at one time, those marked `alone` do not.
+Where several tests run at one time, those marked `alone` do not; what a test has to say is said at the end, whichever
+process it ran in.
 """
 
 import contextlib
@@ -92,3 +93,19 @@ def pytest_runtest_protocol(item):
         with _locked(_GATE, fcntl.LOCK_EX):
             room.enter_context(_locked(_ROOM, how))
         return (yield)
+
+
+SAID_AT_THE_END = "said at the end"
+"""A property of a test, as record_property takes it, whose value is a line for whoever looks at the run."""
+
+_said = []
+
+
+def pytest_runtest_logreport(report):
+    if report.when == "teardown":
+        _said.extend(words for name, words in report.user_properties if name == SAID_AT_THE_END)
+
+
+def pytest_terminal_summary(terminalreporter):
+    for words in _said:
+        terminalreporter.write_line(words)

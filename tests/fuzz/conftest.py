@@ -1,10 +1,15 @@
 """Says at the end how much the fuzzers did, where fuzzing was asked for."""
 
+import pytest
+
+from tests.conftest import SAID_AT_THE_END
 from tests.fuzz.fuzzing import FUZZ_S, done
 
 
-def pytest_terminal_summary(terminalreporter):
-    if not FUZZ_S:
-        return
-    for name, examples, took_s in done:
-        terminalreporter.write_line(f"fuzz: {name}: {examples:,} examples in {took_s:.0f} s")
+@pytest.fixture(autouse=True)
+def _say_what_was_done(record_property):
+    yield
+    while done:
+        name, examples, took_s = done.pop(0)
+        if FUZZ_S:
+            record_property(SAID_AT_THE_END, f"fuzz: {name}: {examples:,} examples in {took_s:.0f} s")
