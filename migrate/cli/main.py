@@ -4,7 +4,7 @@ import codecs
 import io
 import os
 import sys
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import Any
 
 import click
@@ -14,7 +14,6 @@ from migrate.errors import MigrateError, PostcopyPausedError
 
 # What stands for the signs that our words have, where stdout or stderr cannot show them.
 _PLAIN_SIGNS = {"µ": "u", "→": "->", "…": "..."}
-
 
 # Where each command is: it starts without what the others import.
 _COMMANDS = {
@@ -45,8 +44,7 @@ class _MigrateGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
         if cmd_name not in _COMMANDS:
             return None
-        module, name = _COMMANDS[cmd_name].split(":")
-        command: click.Command = getattr(import_module(f"migrate.cli.{module}"), name)
+        command: click.Command = resolve_name(f"migrate.cli.{_COMMANDS[cmd_name]}")
         return command
 
     def invoke(self, ctx: click.Context) -> Any:

@@ -36,7 +36,6 @@ from migrate.client.connection import error_from_info
 from migrate.errors import CallFailedError
 from migrate.v1 import types_pb2
 
-# What a shell reports of a command that an interrupt ended.
 DAEMON_AWAY_S = AWAY_S
 _HINT = "Ctrl-C detaches; the migration goes on"
 
