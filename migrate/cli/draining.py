@@ -25,8 +25,8 @@ from migrate.errors import (
 from migrate.v1 import types_pb2
 
 LOOK_S = 0.2
+# After this, a switchover no longer passes by: its answer was lost, or a daemon was.
 _SWITCHOVER_S = 2.0
-"""After this, a switchover no longer passes by: its answer was lost, or a daemon was."""
 
 _FAILED_STATES = (types_pb2.MIGRATION_STATE_FAILED, types_pb2.MIGRATION_STATE_CANCELLED)
 # Where a migration waits for its destination, however long that takes. A switchover only passes by if nothing is lost.
@@ -356,9 +356,10 @@ class Drain:
 
 def _is_flowing(move: Move, now_s: float) -> bool:
     """Whether it counts against what goes on at one time; a pause, and a switchover that stands, leave room."""
-    if move.outcome is not Outcome.MOVING or move.still_since_s is None:
-        return move.outcome is Outcome.MOVING
-    return not move.error and now_s - move.still_since_s < _SWITCHOVER_S
+    if move.outcome is not Outcome.MOVING:
+        return False
+    # A pause has its error.
+    return move.still_since_s is None or (not move.error and now_s - move.still_since_s < _SWITCHOVER_S)
 
 
 def _may_pass(found: types_pb2.Migration) -> bool:
