@@ -6,6 +6,7 @@ process it ran in.
 
 import contextlib
 import fcntl
+import functools
 import os
 import shutil
 import signal
@@ -95,15 +96,19 @@ def pytest_runtest_protocol(item):
         return (yield)
 
 
-SAID_AT_THE_END = "said at the end"
-"""A property of a test, as record_property takes it, whose value is a line for whoever looks at the run."""
-
+_AT_THE_END = "said at the end"
 _said = []
+
+
+@pytest.fixture
+def say_at_the_end(record_property):
+    """Takes a line for whoever looks at the run."""
+    return functools.partial(record_property, _AT_THE_END)
 
 
 def pytest_runtest_logreport(report):
     if report.when == "teardown":
-        _said.extend(words for name, words in report.user_properties if name == SAID_AT_THE_END)
+        _said.extend(words for name, words in report.user_properties if name == _AT_THE_END)
 
 
 def pytest_terminal_summary(terminalreporter):

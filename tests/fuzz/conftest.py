@@ -2,14 +2,12 @@
 
 import pytest
 
-from tests.conftest import SAID_AT_THE_END
-from tests.fuzz.fuzzing import FUZZ_S, done
+from tests.fuzz.fuzzing import done
 
 
 @pytest.fixture(autouse=True)
-def _say_what_was_done(record_property):
+def _say_what_was_done(say_at_the_end):
     yield
-    while done:
-        name, examples, took_s = done.pop(0)
-        if FUZZ_S:
-            record_property(SAID_AT_THE_END, f"fuzz: {name}: {examples:,} examples in {took_s:.0f} s")
+    for name, examples, took_s in done:
+        say_at_the_end(f"fuzz: {name}: {examples:,} examples in {took_s:.0f} s")
+    done.clear()

@@ -15,7 +15,7 @@ LIMIT_S = 180 + int(2 * FUZZ_S) + (300 if FUZZ_S else 0)
 EXAMPLES = 60
 _EXAMPLES_AT_A_TIME = 5000
 
-# What was done: the name of the test, examples, seconds.
+# What the test that runs has done, if fuzzing was asked for: its name, examples, seconds.
 done = []
 
 
@@ -83,5 +83,6 @@ def fuzz(target, strategy, *, examples=EXAMPLES, found=(), shares=1):
         # What is drawn when time is up is in vain.
         rate_per_s = fuzzer.count / (time.monotonic() - began_s)
         count = min(max(int(rate_per_s * left_s), 1), _EXAMPLES_AT_A_TIME)
-    name = os.environ.get("PYTEST_CURRENT_TEST", "").rpartition("::")[2].removesuffix(" (call)")
-    done.append((name, fuzzer.count, time.monotonic() - began_s))
+    if FUZZ_S:
+        name = os.environ.get("PYTEST_CURRENT_TEST", "").rpartition("::")[2].removesuffix(" (call)")
+        done.append((name, fuzzer.count, time.monotonic() - began_s))
