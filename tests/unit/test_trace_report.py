@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from migrate.telemetry.report import report_html
 from migrate.telemetry.report.figures import flatten
+from migrate.telemetry.report.timeline import clock_of, rates_of
 from migrate.telemetry.totals import PAGE_KINDS
 from migrate.telemetry.trace_file import Faults, Progress, Trace, read_trace
 from tests.harness.cli import run
@@ -252,6 +253,31 @@ def any_trace(draw):
         missing_at_switchover=draw(st.none() | st.builds(np.ones, st.integers(0, 90), st.just(bool))),
         zero_at_end=None,
     )
+
+
+def test_a_short_trace_far_from_its_zero_has_its_rates():
+    """Half a day away, a nanosecond can be told from the next, but not be divided."""
+    columns = {name: np.zeros(1, dtype=np.int64) for name in Faults.__dataclass_fields__}
+    pages = dict.fromkeys(PAGE_KINDS, 0)
+    trace = Trace(
+        migration={},
+        downtime_us={},
+        lost_faults=0,
+        is_whole=True,
+        faults=Faults(**{**columns, "placed_ns": columns["placed_ns"] + 1}),
+        progress=[Progress(0, pages, 1, 0, b""), Progress(1, {**pages, "urgent": 1}, 0, 4096, b"")],
+        states=[(-42_462_194_171_804, "postcopy")],
+        stalls=[],
+        missing_at_switchover=None,
+        zero_at_end=None,
+    )
+    page_of(trace)
+    rates = {rate.name: rate for rate in rates_of(trace, clock_of(trace))}
+
+    assert rates["urgent pages"].per_s == pytest.approx([1e9])
+    assert rates["bytes on the wire"].per_s == pytest.approx([4096e9])
+    assert rates["faults"].total == 1
+    assert all(np.isfinite(rate.per_s).all() and rate.peak_per_s > 0 for rate in rates.values())
 
 
 @settings(max_examples=30)

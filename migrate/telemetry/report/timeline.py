@@ -159,9 +159,10 @@ def rates_of(trace: Trace, clock: Clock) -> list[Steps]:
     """Faults, pages by kind and bytes a second, each over the whole trace; those that are always zero are left out."""
     rates = []
     if len(trace.faults) and clock.end_s > clock.begin_s:
-        at_s = clock.seconds(trace.faults.at_ns)
-        counts, edges_s = np.histogram(at_s, bins=_BINS, range=(clock.begin_s, clock.end_s))
-        rates.append(Steps("faults", edges_s, counts / np.diff(edges_s), len(trace.faults)))
+        # Far from zero, the edges of narrow bins are one and the same float; counted from the beginning, they are not.
+        since_s = clock.seconds(trace.faults.at_ns) - clock.begin_s
+        counts, edges_s = np.histogram(since_s, bins=_BINS, range=(0, clock.end_s - clock.begin_s))
+        rates.append(Steps("faults", clock.begin_s + edges_s, counts / np.diff(edges_s), len(trace.faults)))
     samples = _spread(trace.progress)
     rates += [
         _deltas(f"{name} pages", clock, samples, [sample.pages[name] or 0 for sample in samples])
@@ -186,4 +187,5 @@ def _deltas(name: str, clock: Clock, samples: Sequence[Progress], counts: Sequen
     """What falls, because pages became stale or another attempt began, counts as nothing."""
     edges_s = clock.seconds(np.array([sample.at_ns for sample in samples], dtype=np.float64))
     grown = np.maximum(0, np.diff(np.array(counts, dtype=np.float64)))
-    return Steps(name, edges_s, grown / np.diff(edges_s), float(grown.sum()))
+    widths_ns = np.array([after.at_ns - before.at_ns for before, after in pairwise(samples)], dtype=np.float64)
+    return Steps(name, edges_s, grown / (widths_ns / _NS_PER_S), float(grown.sum()))
