@@ -22,7 +22,7 @@ KEPT_BYTES_MAX = 64 << 20
 """Of faults that nobody has taken: a million of them."""
 
 # What is handed over at once is less than a call may be (daemon/limits.py).
-_PART_BYTES_MAX = 1 << 20
+_PART_BYTES_MAX = (1 << 20) // RECORD_BYTES * RECORD_BYTES
 _BITMAP_BYTES_MAX = 256 << 10
 _HAND_OVER_US = 1_000_000
 _SAMPLE_US = 100_000
@@ -45,8 +45,7 @@ class TraceFeed:
         self._clock = clock
         self._lock = threading.Lock()
         self._origin_us = self._handed_over_us = clock.now_us()
-        self._faults: deque[bytes] = deque()
-        self._kept_bytes = 0
+        self._faults = bytearray()
         self._bitmaps: dict[str, bytes] = {}
         self._rest = types.TracePart(origin_ns=self._origin_us * 1000)
         self._sampled_us, self._sampled_missing_pages = 0, -1
@@ -57,13 +56,10 @@ class TraceFeed:
         """Faults that were served."""
         raw = batch.raw
         with self._lock:
-            if not raw:
-                return
-            if self._kept_bytes + len(raw) > KEPT_BYTES_MAX:
+            if len(self._faults) + len(raw) > KEPT_BYTES_MAX:
                 self._rest.lost_faults += len(batch)
-                return
-            self._kept_bytes += len(raw)
-            self._faults.extend(raw[at : at + _PART_BYTES_MAX] for at in range(0, len(raw), _PART_BYTES_MAX))
+            else:
+                self._faults += raw
 
     def add_state(self, state: State) -> None:
         """The destination has come to it."""
@@ -107,9 +103,14 @@ class TraceFeed:
         with self._lock:
             self._rest.stalls.extend(statistics.stalls)
 
+    @property
+    def is_due(self) -> bool:
+        """Whether what is kept has been gathered for a second, up to the last sample."""
+        return self._sampled_us - self._handed_over_us >= _HAND_OVER_US
+
     def hand_over_now_and_then(self, peer: PeerPort) -> None:
         """As hand_over, if that is due; what does not arrive is kept for the next time."""
-        if self._clock.now_us() - self._handed_over_us < _HAND_OVER_US:
+        if not self.is_due:
             return
         with contextlib.suppress(ChannelError):
             self.hand_over(peer)
@@ -146,17 +147,14 @@ class TraceFeed:
             if not self._faults and self._rest == types.TracePart():
                 return None
             part, self._rest = self._rest, types.TracePart()
-            if self._faults:
-                part.faults = self._faults.popleft()
-                self._kept_bytes -= len(part.faults)
+            part.faults = bytes(self._faults[:_PART_BYTES_MAX])
+            del self._faults[:_PART_BYTES_MAX]
             return part
 
     def _take_back(self, parts: list[types.TracePart]) -> None:
         with self._lock:
             for part in reversed(parts):
-                if part.faults:
-                    self._faults.appendleft(part.faults)
-                    self._kept_bytes += len(part.faults)
+                self._faults[:0] = part.faults
                 part.ClearField("faults")
                 part.ClearField("is_last")
                 part.MergeFrom(self._rest)

@@ -112,18 +112,23 @@ def test_what_does_not_arrive_is_handed_over_again(feed, source):
     assert [step.state for part in source.parts for step in part.states] == [2, 3]
 
 
-def test_it_is_handed_over_now_and_then(feed, source, time):
+def test_what_was_gathered_for_a_second_is_handed_over_at_once(feed, source, time):
+    def sample():
+        feed.add_sample(counters(), b"", 0)
+        feed.hand_over_now_and_then(source)
+
     feed.add_faults(faults(1))
-    feed.hand_over_now_and_then(source)
+    sample()
     assert source.calls == 0
+    feed.add_faults(faults(2, first=1))
     time.now_us += 1_000_000
     source.failures = [ChannelError("away")]
-    feed.hand_over_now_and_then(source)
-    feed.hand_over_now_and_then(source)
+    sample()
+    sample()
     assert source.calls == 1
     time.now_us += 1_000_000
-    feed.hand_over_now_and_then(source)
-    assert source.parts[0].faults == faults(1).raw
+    sample()
+    assert [part.faults for part in source.parts] == [faults(3).raw]
 
 
 def test_source_that_does_not_want_it_is_asked_no_more(feed, source):
