@@ -67,6 +67,30 @@ class Journal:
         self.entries[migration.migration_id] = migration.SerializeToString()
 
 
+class Registry(MigrationRegistry):
+    """One of the model's: it is known where a Prepare waits for the twin of the one before."""
+
+    def __init__(self, world, *args, **more):
+        super().__init__(*args, **more)
+        self._world = world
+
+    def _make_way(self, migration_id, attempt):
+        before = super()._make_way(migration_id, attempt)
+        return before and Replaced(self._world, before)
+
+
+class Replaced:
+    """A destination's session that a later attempt has taken the place of."""
+
+    def __init__(self, world, session):
+        self._world = world
+        self._session = session
+
+    def await_built(self):
+        """See DestinationSession."""
+        self._world.await_thread(self._session.await_built, self._session._built.is_set)
+
+
 class Model:
     """One migration, from its start on."""
 
@@ -102,8 +126,14 @@ class Model:
         self.settle()
 
     def _registry(self, guests, exports, role):
-        registry = MigrationRegistry(
-            guests, exports, self.world.clock, Journal(), peer_of=self._peer_of, fetcher_of=self._fetcher_of
+        registry = Registry(
+            self.world,
+            guests,
+            exports,
+            self.world.clock,
+            Journal(),
+            peer_of=self._peer_of,
+            fetcher_of=self._fetcher_of,
         )
         registry.control_endpoint = Endpoint("127.0.0.1", 2)
         registry.page_endpoints = {types.PAGE_TRANSPORT_NATIVE_GRPC: Endpoint("127.0.0.1", 3)}

@@ -28,6 +28,7 @@ class Call:
         self.handle = handle
         self.stage = SENT
         self.caller = threading.current_thread()
+        self.handler = None
         self.result = self.error = None
         self.is_lost = self.is_over = False
 
@@ -67,7 +68,7 @@ class Control:
             assert call.stage == SENT
             call.stage = RUNNING
             call.delivered_us = self._world.now_us
-        self._world.spawn(f"handle-{call.name}", lambda: self._handle(call))
+        call.handler = self._world.spawn(f"handle-{call.name}", lambda: self._handle(call))
 
     def answer(self, call):
         """The answer arrives at the caller."""

@@ -5,8 +5,10 @@ Its RAM is compared with a reference copy, which is what the guest itself believ
 
 import contextlib
 import ctypes
+import functools
 import mmap
 import os
+import threading
 
 from migrate.daemon.guests import GuestRegistry, HostedGuest
 from migrate.errors import AlreadyExistsError, GuestBusyError, GuestGoneError, KvmError, UffdUnavailableError
@@ -34,6 +36,26 @@ def data_extents(memfd):
         offset = end
 
 
+def _answered(method):
+    """What a guest process does when it is told to, behind its gate; it may fail, and does not end in the middle."""
+
+    @functools.wraps(method)
+    def answered(self, *args, **more):
+        name = method.__name__
+        if name in self._slow:
+            self._world.pass_gate(name)
+        with self._lock:
+            if self.is_dead:
+                raise GuestGoneError("the guest process is gone")
+            if name in self._failing:
+                self._failing[name] -= 1
+                if self._failing[name] < 0:
+                    raise KvmError(name, _EIO)
+            return method(self, *args, **more)
+
+    return answered
+
+
 class ModelGuest:
     """One guest process, as GuestPort.
 
@@ -50,6 +72,7 @@ class ModelGuest:
         self._description = description
         self._slow = slow
         self._failing = dict(failing or {})
+        self._lock = threading.Lock()
         self._on_resume = on_resume
         self.pages = description.spec.memory_bytes // PAGE
         self.memfd = sealed_memfd("model", self.pages * PAGE)
@@ -67,8 +90,8 @@ class ModelGuest:
 
     # ---- GuestPort ----
 
+    @_answered
     def describe(self):
-        self._enter("describe")
         description = types.GuestDescription()
         description.CopyFrom(self._description)
         description.regions.add(
@@ -76,24 +99,24 @@ class ModelGuest:
         )
         return description, types.GUEST_STATE_RUNNING, os.getpid(), [os.dup(self.memfd)]
 
+    @_answered
     def pause(self):
-        self._enter("pause")
         self.is_running = False
 
+    @_answered
     def resume(self):
-        self._enter("resume")
         if not self.is_loaded:
             raise GuestBusyError("the guest has not arrived yet")
         self._on_resume()
         self.is_running = self.has_run = True
 
+    @_answered
     def save_state(self):
-        self._enter("save_state")
         assert not self.is_running
         return _STATE % self.touches, self.touches
 
+    @_answered
     def load_state(self, state):
-        self._enter("load_state")
         if self.is_loaded:
             raise GuestBusyError("the guest has a state already")
         touches = int(state.split()[-2])
@@ -101,30 +124,30 @@ class ModelGuest:
         self.touches = touches
         self.is_loaded = True
 
+    @_answered
     def arm(self):
-        self._enter("arm")
         self._uffd = open_uffd()
         uffd.register_missing(self._uffd, self.hva, self.pages * PAGE)
         return os.dup(self._uffd), [self.hva]
 
+    @_answered
     def look(self):
-        self._enter("look")
         return guest_protocol.DescribeResponse(is_armed=self.is_registered, has_dirty_log=True)
 
+    @_answered
     def disarm(self):
-        self._enter("disarm")
         self._unregister()
 
+    @_answered
     def start_dirty_log(self):
-        self._enter("start_dirty_log")
         if self._log_memfd is None:
             self._log_memfd = sealed_memfd("model-dirty", -(-self.pages // 64) * 8)
         self.dirty = set()
         self.has_ended_log = False
         return os.dup(self._log_memfd)
 
+    @_answered
     def sync_dirty_log(self, *, keep=False):
-        self._enter("sync_dirty_log")
         if self._log_memfd is None:
             raise GuestBusyError("no dirty log was begun")
         bits = sum(1 << page for page in self.dirty)
@@ -137,15 +160,15 @@ class ModelGuest:
             self.dirty = set()
         return count
 
+    @_answered
     def stop_dirty_log(self):
-        self._enter("stop_dirty_log")
         if self._log_memfd is not None:
             os.close(self._log_memfd)
             self._log_memfd = None
             self.has_ended_log = True
 
+    @_answered
     def statistics(self, *, with_stalls=False):
-        self._enter("statistics")
         return types.GuestStatistics(touches=self.touches)
 
     def close(self):
@@ -181,15 +204,16 @@ class ModelGuest:
 
     def kill(self):
         """End the process: memory, log and userfaultfd are gone."""
-        if self.is_dead:
-            return
-        self.is_dead = True
-        self.is_running = False
-        self._unregister()
-        if self._log_memfd is not None:
-            os.close(self._log_memfd)
-            self._log_memfd = None
-        os.close(self.memfd)
+        with self._lock:
+            if self.is_dead:
+                return
+            self.is_dead = True
+            self.is_running = False
+            self._unregister()
+            if self._log_memfd is not None:
+                os.close(self._log_memfd)
+                self._log_memfd = None
+            os.close(self.memfd)
 
     def free(self):
         """Once nobody touches it any more: the mapping goes."""
@@ -200,16 +224,6 @@ class ModelGuest:
             uffd.unregister(self._uffd, self.hva, self.pages * PAGE)
             os.close(self._uffd)
             self._uffd = None
-
-    def _enter(self, method):
-        if method in self._slow:
-            self._world.pass_gate(method)
-        if self.is_dead:
-            raise GuestGoneError("the guest process is gone")
-        if method in self._failing:
-            self._failing[method] -= 1
-            if self._failing[method] < 0:
-                raise KvmError(method, _EIO)
 
 
 class ModelTouch:

@@ -109,6 +109,11 @@ class ModelLink:
         with self._world.changed:
             return self.pager.counters() if self.pager is not None else None
 
+    def is_missing(self, page):
+        """Whether the pager waits for the page."""
+        with self._world.changed:
+            return bool(self.pager.copy_map()[page // 8] >> page % 8 & 1)
+
     def ask_background(self, max_pages):
         with self._world.changed:
             run = self.pager.claim_run(max_pages) if self.is_active else None

@@ -1,7 +1,6 @@
 """What still moves in the model: a thread that neither stands at a gate, nor waits for pages, nor has ended."""
 
 from migrate.config import SWITCHOVER_DEADLINE_S
-from migrate.session import tracing
 from migrate.session.states import State
 from tests.harness.model_control import RUNNING
 
@@ -40,23 +39,22 @@ def _moving_at_destination(model):
     elif state is State.POSTCOPY:
         counters = model.link.counters()
         is_missing = counters is not None and counters.missing_pages > 0
-        waits = (model.link.is_joining and model.link.is_draining) or (is_missing and not _hands_over_soon(model))
+        is_draining = model.link.is_joining and model.link.is_draining
+        waits = is_draining or (is_missing and not _is_tracing(session, counters))
     else:
         waits = False
     return [] if waits else [f"destination in {state}"]
 
 
-def _hands_over_soon(model):
-    """Whether a part of the trace is due at the destination: its thread is about to call, though pages are missing."""
-    trace = model.destination_session._trace
-    if trace is None or trace._is_refused:
-        return False
-    return model.world.now_us - trace._handed_over_us >= tracing._HAND_OVER_US
+def _is_tracing(session, counters):
+    """Whether the trace wants something of the destination's thread, though pages are missing."""
+    trace = session._trace
+    return trace is not None and (trace.wants_sample(counters.missing_pages) or trace.is_due)
 
 
 def _is_call_moving(model, call):
     """Whether a call's handler has something to do."""
-    if any(thread.name == f"handle-{call.name}" for thread in model.world.blocked):
+    if call.handler in model.world.blocked or model.world.is_awaiting(call.handler):
         return False
     if call.name != "switch_over":
         return True
@@ -71,7 +69,10 @@ def _is_touch_moving(model, touch):
     if touch.is_done or not touch.twin.is_registered or touch.twin.is_populated(touch.page):
         return not touch.is_done
     counters = model.link.counters()
-    return not model.link.has_failed if counters is None else counters.faults <= touch.faults_before
+    if counters is None:
+        return not model.link.has_failed
+    # A page that is known to be zero comes without the model.
+    return counters.faults <= touch.faults_before or not model.link.is_missing(touch.page)
 
 
 def _is_cancel_moving(model, thread):

@@ -34,6 +34,7 @@ class World:
     def __init__(self):
         self.changed = threading.Condition()
         self.blocked = {}  # thread: the name of its gate
+        self._awaited = {}  # thread: whether it need not wait any more
         self.gates = []  # of guests
         self._are_all_open = False
         self.violations = []
@@ -73,6 +74,22 @@ class World:
         """Under `changed`: a thread goes on."""
         self.blocked.pop(thread, None)
         self.changed.notify_all()
+
+    def await_thread(self, wait, is_over):
+        """Wait for another thread of the sessions, by `wait`, until `is_over`."""
+        thread = threading.current_thread()
+        with self.changed:
+            self._awaited[thread] = is_over
+            self.changed.notify_all()
+        try:
+            wait()
+        finally:
+            with self.changed:
+                del self._awaited[thread]
+
+    def is_awaiting(self, thread):
+        """Whether a thread has to wait for another one."""
+        return thread in self._awaited and not self._awaited[thread]()
 
     def pass_gate(self, name):
         """Called by a guest's method: wait until the model lets it go on."""
