@@ -33,6 +33,8 @@ from migrate.v1 import types_pb2 as types
 _log = logging.getLogger(__name__)
 # Freeing the RAM of a large guest takes a while.
 _LEAVE_S = 10.0
+# END is a round trip, unless the source is away.
+_END_S = 2.0
 
 
 @dataclass(slots=True)
@@ -40,6 +42,7 @@ class HostedGuest:
     """One guest process and our connection to it.
 
     Attributes:
+        is_ending: All of it is here, and its migration is about to have ended.
         is_leaving: Its end has begun, which frees the name last.
         is_spent: Its vCPUs have run elsewhere, or pages of it are lost: it can be deleted, and nothing else.
     """
@@ -48,6 +51,7 @@ class HostedGuest:
     process: GuestProcess
     client: GuestClient
     migration_id: str = ""
+    is_ending: bool = False
     is_leaving: bool = False
     is_spent: bool = False
 
@@ -68,7 +72,7 @@ class GuestRegistry:
         self._guests: dict[str, HostedGuest] = {}
         self._reserved: set[str] = set()
         self._lock = threading.Lock()
-        self._left = threading.Condition(self._lock)
+        self._changed = threading.Condition(self._lock)
 
     def adopt(self) -> None:
         """Take over the guests that a daemon before us left; those that have died meanwhile leave no trace."""
@@ -173,15 +177,23 @@ class GuestRegistry:
             GuestLostError: it is fit for nothing but to be deleted.
         """
         guest = self.find(name)
-        with self._lock:
+        with self._changed:
+            self._await_end(guest)
             _check_free(guest)
             guest.migration_id = migration_id
         return guest
 
+    def note_ending(self, guest: HostedGuest) -> None:
+        """Its claim is about to be undone: who wants the guest waits a little."""
+        with self._lock:
+            guest.is_ending = True
+
     def release(self, guest: HostedGuest) -> None:
         """Undo a claim: the guest is an ordinary one again."""
-        with self._lock:
+        with self._changed:
             guest.migration_id = ""
+            guest.is_ending = False
+            self._changed.notify_all()
 
     def spend(self, guest: HostedGuest) -> None:
         """Undo a claim, but never let the vCPUs run again."""
@@ -198,7 +210,8 @@ class GuestRegistry:
             GuestLostError: it is fit for nothing but to be deleted.
         """
         guest = self.find(name)
-        with self._lock:
+        with self._changed:
+            self._await_end(guest)
             if not (to_delete and guest.is_spent):
                 _check_free(guest)
         return guest
@@ -213,10 +226,10 @@ class GuestRegistry:
                 guest.client.shutdown()
         guest.client.close()
         guest.process.kill()
-        with self._left:
+        with self._changed:
             if self._guests.get(guest.spec.name) is guest:
                 del self._guests[guest.spec.name]
-            self._left.notify_all()
+            self._changed.notify_all()
 
     def close(self) -> None:
         """End all guests that were started here; those that were taken over run on."""
@@ -233,9 +246,9 @@ class GuestRegistry:
         program = None
         if is_program(spec) and not runs_already(spec):
             program = self._programs.path_of(spec.process.program)
-        with self._left:
+        with self._changed:
             # Nobody sees a guest that leaves, so its name must not seem to be taken: it may be on its way back already.
-            self._left.wait_for(lambda: not self._is_leaving(spec.name), _LEAVE_S)
+            self._changed.wait_for(lambda: not self._is_leaving(spec.name), _LEAVE_S)
             if spec.name in self._guests or spec.name in self._reserved:
                 raise AlreadyExistsError(f"a guest named {spec.name!r} is on this host already")
             if len(self._guests) + len(self._reserved) >= GUESTS_MAX:
@@ -258,6 +271,10 @@ class GuestRegistry:
         finally:
             with self._lock:
                 self._reserved.discard(spec.name)
+
+    def _await_end(self, guest: HostedGuest) -> None:
+        """A guest that has arrived is free once its source has heard so; to those who ask there, it is by now."""
+        self._changed.wait_for(lambda: not guest.is_ending, _END_S)
 
     def _is_leaving(self, name: str) -> bool:
         guest = self._guests.get(name)

@@ -514,6 +514,7 @@ class MigrationRegistry:
         return Twin(
             guest.client,
             destroy=lambda: self._guests.remove(guest),
+            ending=lambda: self._guests.note_ending(guest),
             arrived=lambda: self._guests.release(guest),
             spend=lambda: self._guests.spend(guest),
         )

@@ -45,12 +45,14 @@ class Twin:
     Attributes:
         guest: Its process.
         destroy: Ends the process and frees the name and the RAM.
+        ending: Told when all of it is here: whoever wants it may wait for END.
         arrived: Makes it an ordinary guest of this host, at END.
         spend: Lets it be, as one that lacks pages for good: it can be deleted, and nothing else.
     """
 
     guest: GuestPort
     destroy: Callable[[], None]
+    ending: Callable[[], None]
     arrived: Callable[[], None]
     spend: Callable[[], None]
 
@@ -168,6 +170,7 @@ class Arrival:
             self._finish_pages(twin)
         self.observe(twin, with_stalls=self._trace is not None)
         self._record.update(self._note_final)
+        twin.ending()
         self._report_end()
         reach(Point.DESTINATION_ACKNOWLEDGED, self._record.migration_id)
         twin.arrived()
