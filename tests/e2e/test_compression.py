@@ -15,6 +15,8 @@ from migrate.v1 import guest_service_pb2 as guest
 from migrate.v1 import migration_service_pb2 as migration
 from migrate.v1 import transfer_service_pb2 as transfer
 from migrate.v1 import types_pb2 as types
+from tests.harness.operator import is_free
+from tests.harness.waiting import wait_until
 
 pytestmark = [pytest.mark.uffd, pytest.mark.timeout(60)]
 DEADLINE_S = 50.0
@@ -32,6 +34,7 @@ def name(source, destination):
     chosen = next(_names)
     yield chosen
     for daemon in (source, destination):
+        wait_until(lambda daemon=daemon: is_free(daemon, chosen), 10, "the guest to be free")
         if chosen in daemon.guest_names():
             daemon.guests.DeleteGuest(guest.DeleteGuestRequest(name=chosen), timeout=30)
 

@@ -73,7 +73,8 @@ def test_metrics_are_those_of_the_document_and_add_up(daemons):
 
     moved = source.migrate(destination)
     assert moved.state == types.MIGRATION_STATE_COMPLETED
-    # It was refused, for it is gone.
+    # END is acknowledged first; then the source lets it go.
+    wait_until(lambda: source.guest_names() == [], 10, "the source to let the guest go")
     with pytest.raises(Exception, match="g"):
         source.start(destination)
     wait_until(lambda: value(destination, "migrate_guests", kind="process", state="running") == 1, 10, "arrival")

@@ -6,6 +6,7 @@ import pytest
 
 from migrate.v1 import guest_service_pb2 as guest
 from migrate.v1 import types_pb2 as types
+from tests.harness.operator import is_free
 from tests.harness.waiting import wait_until
 
 _names = (f"guest-{number}" for number in itertools.count())
@@ -26,7 +27,7 @@ def check_moved(source, destination, name, moved):
     assert 0 < moved.downtime_us < moved.total_us
     # END is acknowledged first; then the source ends the process and frees its RAM.
     wait_until(lambda: name not in source.guest_names(), 10, "the source to let the guest go")
-    assert destination.guest(name).migration_id == ""
+    wait_until(lambda: is_free(destination, name), 10, "the destination to let the guest be moved again")
     wait_until(
         lambda: destination.statistics(name).touches > moved.guest_touches_at_switchover, 20, "touches after the move"
     )

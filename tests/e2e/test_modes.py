@@ -13,8 +13,8 @@ pytestmark = [pytest.mark.kvm, pytest.mark.uffd]
 SLOW_WRITER = {"vcpus": 2, "workload": "uniform", "write_ratio": 1.0, "touch_rate_per_s": 1000}
 FULL_SPEED_WRITER = {"memory_mib": 32, "vcpus": 2, "workload": "uniform", "write_ratio": 1.0}
 HOT_ZIPF = {"vcpus": 2, "workload": "zipf", "write_ratio": 0.5}
-# A round takes a third of a second, in which a writer at full speed writes nearly all pages again.
-HOPELESS = ("--mode", "precopy", "--max-bandwidth", "100MB/s")
+# No round is ever small enough for a downtime below that of a switchover by itself.
+HOPELESS = ("--mode", "precopy", "--max-bandwidth", "100MB/s", "--downtime-limit", "1ms")
 
 
 def wait_for_rounds(source, migration_id, rounds=2):

@@ -180,8 +180,11 @@ class DaemonProcess:
     def guest(self, name="g"):
         return self.guests.GetGuest(guest.GetGuestRequest(name=name), timeout=CALL_S).guest
 
+    def list_guests(self):
+        return list(self.guests.ListGuests(guest.ListGuestsRequest(), timeout=CALL_S).guests)
+
     def guest_names(self):
-        return [g.spec.name for g in self.guests.ListGuests(guest.ListGuestsRequest(), timeout=CALL_S).guests]
+        return [listed.spec.name for listed in self.list_guests()]
 
     def statistics(self, name="g"):
         replies = self.guests.WatchGuestStatistics(guest.WatchGuestStatisticsRequest(name=name), timeout=CALL_S)

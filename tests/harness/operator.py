@@ -41,7 +41,7 @@ def status(daemon, migration_id):
 
 def is_free(daemon, name):
     """Whether no migration holds a guest, which may be gone."""
-    return name not in daemon.guest_names() or daemon.guest(name).migration_id == ""
+    return all(listed.migration_id == "" for listed in daemon.list_guests() if listed.spec.name == name)
 
 
 def check_moved(source, destination, name, report):
