@@ -19,7 +19,9 @@ def registry(tmp_path):
     return made
 
 
-@pytest.mark.parametrize("wants", [lambda registry: registry.claim("g", "next"), lambda registry: registry.operate("g")])
+@pytest.mark.parametrize(
+    "wants", [lambda registry: registry.claim("g", "next"), lambda registry: registry.operate("g")]
+)
 def test_whoever_wants_a_guest_that_has_arrived_waits_for_its_end(registry, wants):
     guest = registry.find("g")
     registry.note_ending(guest)
