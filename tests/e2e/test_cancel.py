@@ -2,14 +2,17 @@
 
 import random
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from migrate.barriers import Point
 from migrate.v1 import guest_service_pb2 as guest
 from migrate.v1 import types_pb2 as types
 from tests.harness import cli
-from tests.harness.daemons import FINAL
+from tests.harness.barriers import Barriers
+from tests.harness.daemons import FINAL, two_daemons
 from tests.harness.operator import ask, check_moved, check_runs, is_free, start, start_detached, status
 from tests.harness.waiting import wait_until
 
@@ -24,6 +27,18 @@ MOMENTS = 12
 BLOCKS_THOROUGH, MOMENTS_OF_BLOCK = 10, 20
 # RAM and dirty log.
 MEMFDS_OF_GUEST_MAX = 2
+
+
+@pytest.fixture(scope="module")
+def barriers(tmp_path_factory):
+    with Barriers(tmp_path_factory.mktemp("barriers") / "socket") as held:
+        yield held
+
+
+@pytest.fixture(scope="module")
+def daemons(barriers):
+    with two_daemons(env=barriers.env) as pair:
+        yield pair
 
 
 @pytest.fixture
@@ -142,10 +157,18 @@ def test_cancel_is_done_or_too_late(source, destination, writer, mode):
 
 
 @pytest.mark.parametrize("mode", ["postcopy", "hybrid", "precopy"])
-def test_cancel_during_setup_is_harmless(source, destination, writer, mode):
+def test_cancel_during_setup_is_harmless(source, destination, barriers, writer, mode):
+    barriers.hold(Point.SOURCE_PREPARING)
     migration_id = start_detached(source, destination, writer, "--mode", mode)
+    barriers.wait_held(Point.SOURCE_PREPARING, 20)
     assert source.migration(migration_id).state == types.MIGRATION_STATE_SETUP
-    check_cancelled(source, destination, writer, cancel(source, migration_id))
+    with ThreadPoolExecutor(1) as pool:
+        cancelled = pool.submit(cancel, source, migration_id)
+        wait_until(
+            lambda: source.migration(migration_id).state == types.MIGRATION_STATE_CANCELLING, 20, "it to be cancelled"
+        )
+        barriers.release(Point.SOURCE_PREPARING)
+        check_cancelled(source, destination, writer, cancelled.result(30))
     check_moves(source, destination, writer)
 
 

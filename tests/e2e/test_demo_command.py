@@ -73,7 +73,9 @@ def test_demo_process_prints_a_table(tmp_path):
 @pytest.mark.parametrize("phase", ["populating", "auditing"])
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_demo_signal_removes_everything(tmp_path, phase, number, status):
-    demo = start_demo(tmp_path, *SMALL_PROCESS, "--json")
+    # An audit that is not over before the signal comes.
+    memory = "512MiB" if phase == "auditing" else "64MiB"
+    demo = start_demo(tmp_path, "--kind", "process", "--memory", memory, "--json")
     try:
         while not (line := demo.stderr.readline()).startswith(phase):
             assert line, "the demo ended before that phase"

@@ -40,6 +40,7 @@ def test_precopy_moves_all_before_the_switchover(source, destination, make_guest
     assert report["precopy_us"] > 0
 
 
+@pytest.mark.alone
 def test_precopy_keeps_the_downtime_limit(source, destination, make_guest):
     name = make_guest(memory_mib=128, **SLOW_WRITER)
     report = start(source, destination, name, "--mode", "precopy", "--downtime-limit", "300ms")

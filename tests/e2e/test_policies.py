@@ -87,6 +87,7 @@ def test_policies_move_every_page(source, destination, make_guest, order, mode, 
     assert report["verified_pages"] == report["pages"]["total"]
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("kind", ["kvm", "process"])
 def test_stride_spares_a_walker_faults(source, destination, make_guest, kind):
     urgent = {}

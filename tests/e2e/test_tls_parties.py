@@ -33,7 +33,7 @@ class Moving:
 
     def __init__(self, source, destination, transport, peers):
         self.source, self.destination, self.peers = source, destination, peers
-        source.create("g", kind="process", memory_mib=64)
+        source.create("g", kind="process", memory_mib=32, touch_rate_per_s=1000)
         source.wait_populated("g")
         self.id = source.start(destination, transport=transport, max_bandwidth_bytes_per_s=1 << 20)
         wait_until(lambda: source.migration(self.id).state == types.MIGRATION_STATE_POSTCOPY, 20, "the guest to run")
@@ -87,6 +87,7 @@ def test_pages_are_for_the_named_host_with_the_token(moving, certificates, stran
     assert all(moving.token not in log.read_text() for log in tmp_path.glob("*.log"))
 
 
+@pytest.mark.timeout(150)
 def test_page_call_that_runs_ends_when_its_peer_is_revoked(moving, certificates):
     asked = queue.Queue()
     with channel_to(moving.pages_address, certificates.host("beta")) as channel:

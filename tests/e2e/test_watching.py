@@ -123,10 +123,13 @@ def labels(lines):
 
 def wait_drawn(terminal, columns):
     """What is drawn once vCPUs wait for pages; lines that are there twice, or of before, would be labels."""
-    wait_until(lambda: any("p50" in line for line in terminal.lines()), 20, "the view to be drawn")
-    wait_until(lambda: max(map(len, terminal.lines())) == columns, 5, f"the map to be {columns} columns wide")
-    wait_until(lambda: labels(terminal.lines()) == LABELS, 5, "nothing else to be on the screen")
-    return terminal.lines()
+
+    def drawn():
+        lines = terminal.lines()
+        is_wide = max(map(len, lines), default=0) == columns
+        return is_wide and any("p50" in line for line in lines) and labels(lines) == LABELS and lines
+
+    return wait_until(drawn, 20, f"the view to be drawn, {columns} columns wide, with nothing else on the screen")
 
 
 def likened(picture):

@@ -203,7 +203,7 @@ def _(pair):
     link.reset()
     assert wait_error(pair.source, migration_id).state == SWITCHOVER
     asked_bytes = link.passed_bytes[Direction.UP] + 2_000
-    wait_until(lambda: link.passed_bytes[Direction.UP] > asked_bytes, 10, "the source to have asked several times")
+    wait_until(lambda: link.passed_bytes[Direction.UP] > asked_bytes, 30, "the source to have asked several times")
     assert (pair.source.migration(migration_id).state, pair.runners()) == (SWITCHOVER, "nobody")
     pair.barriers.release(Point.DESTINATION_SWITCHING)
     assert pair.check_moved(migration_id).attempt == 1

@@ -10,7 +10,7 @@ from tests.harness.waiting import wait_until
 # Numbers of x86_64.
 READ, POLL, PAUSE, NANOSLEEP, SIGTIMEDWAIT, FUTEX = 0, 7, 34, 35, 128, 202
 CLOCK_NANOSLEEP, EPOLL_WAIT, PSELECT, PPOLL = 230, 232, 270, 271
-SLEEP_S = 0.4
+SLEEP_S = 1.5
 _SCRIPT = Path(__file__).with_name("blocked_script.py")
 
 

@@ -14,7 +14,7 @@ import time
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.syscall.restype = ctypes.c_long
-SLEEP_MS = 400
+SLEEP_MS = 1500
 
 
 def call(number, *arguments):

@@ -32,6 +32,8 @@ class Spares:
             with stack:
                 if _is_wanted_next(request):
                     self._spare = self._begin(options)
+                    if request.node.get_closest_marker("alone"):
+                        self._spare[1].exception()
                 yield made
         finally:
             # With pytest's own stderr, it would be said in the test before, or in none.

@@ -2,6 +2,7 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 
 import grpc
 import pytest
@@ -11,6 +12,7 @@ from migrate.cli.progress import PlainReporter
 from migrate.v1 import migration_service_pb2, types_pb2
 from tests.harness.cli import json_of, run
 from tests.harness.fake_daemon import FakeDaemon, make_migration, serve
+from tests.harness.ports import ReservedPort
 
 CONTRACT_KEYS = [
     *("migration_id", "guest", "guest_kind", "mode", "state", "order", "transport", "memory_bytes"),
@@ -267,11 +269,13 @@ def test_start_finds_a_daemon_that_comes_back_at_its_address():
         yield make_migration(types_pb2.MIGRATION_STATE_POSTCOPY)
         gone.set()
 
-    with ThreadPoolExecutor(1) as follower:
-        with serve(FakeDaemon(watched=last_words(), watch_failure=(grpc.StatusCode.UNAVAILABLE, None))) as first:
+    with closing(ReservedPort()) as port, ThreadPoolExecutor(1) as follower:
+        with serve(
+            FakeDaemon(watched=last_words(), watch_failure=(grpc.StatusCode.UNAVAILABLE, None)), port.number
+        ) as first:
             started = follower.submit(run, "start", "alpha", "--to", "192.0.2.2:7400", "--json", daemon=first)
             assert gone.wait(10)
-        with serve(FakeDaemon(), int(first.address.rpartition(":")[2])):
+        with serve(FakeDaemon(), port.number):
             result = started.result(30)
 
     assert (result.exit_code, json_of(result)["state"]) == (0, "completed")

@@ -253,7 +253,7 @@ def test_injections_from_many_threads_take_turns(start):
     with ThreadPoolExecutor(4) as pool:
         for done in [pool.submit(inject_blindly, process.pid) for _ in range(20)]:
             done.result(20)
-    process.finish()
 
-    assert process.answer()["result"] == 1
     assert USERFAULTFD not in descriptors_of(process.pid).values()
+    process.finish()
+    assert process.answer()["result"] == 1

@@ -20,6 +20,7 @@ from tests.harness.destination import PAGES, check_recovers, failure_of
 from tests.harness.fake_source import Once, common, hold_all, urgent_first, zero_reply
 from tests.harness.h2_peer import PATH, Settings
 from tests.harness.memory import ServedMemory
+from tests.harness.ports import ReservedPort
 from tests.harness.waiting import wait_until
 
 pytestmark = pytest.mark.uffd
@@ -373,9 +374,9 @@ def test_status_of_a_stock_server_reaches_the_error(destination, stock, code):
 
 def test_stock_server_that_is_stopped_and_started_again_loses_nothing(destination, stock):
     """The graceful end of grpcio: GOAWAY, what is under way is cancelled, then nobody listens for a moment."""
-    served = ServedMemory(PAGES)
+    served, port = ServedMemory(PAGES), ReservedPort()
     try:
-        server, endpoint = stock(PageServicer(served.exports))
+        server, endpoint = stock(PageServicer(served.exports), port.number)
         destination.start(endpoint, max_bandwidth_bytes_per_s=2_000_000)
         wait_until(lambda: destination.pager.counters().missing_pages < PAGES, 10, "the first pages")
         server.stop(0).wait()
@@ -387,3 +388,4 @@ def test_stock_server_that_is_stopped_and_started_again_loses_nothing(destinatio
         assert destination.fetch.counters().reconnects >= 1
     finally:
         served.close()
+        port.close()

@@ -225,6 +225,7 @@ def test_fetch_that_stood_still_itself_does_not_take_its_source_for_silent(sourc
     assert (fetching.returncode, reconnects.strip()) == (0, b"0")
 
 
+@pytest.mark.alone
 def test_source_that_answers_pings_only_is_left_after_twice_the_peer_timeout(destination, memory, source):
     stuck = []
 

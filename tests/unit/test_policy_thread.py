@@ -107,6 +107,7 @@ def test_every_policy_ends_up_at_every_page(flow_of, policy, transport):
     assert took_s > HELD_S or policy is not Demand
 
 
+@pytest.mark.alone
 def test_a_policy_that_says_nothing_holds_nothing(flow_of):
     assert flow_of(Policy).wait_complete() < HELD_S / 2
 
@@ -133,6 +134,7 @@ def test_recorded_pages_come_before_all_others(flow_of):
     flow.touch(*recorded[::20])
 
 
+@pytest.mark.alone
 def test_stride_spares_faults_that_ascending_order_does_not(flow_of):
     """A vCPU walks down the second half at its pace; the cap keeps the background in the first for a while."""
     urgent = {}
@@ -169,6 +171,7 @@ def test_a_policy_hears_what_it_is_told_of(flow_of):
     assert (context.pages, context.recorded_pages, context.page_size_bytes) == (PAGES, (4, 2), 4096)
 
 
+@pytest.mark.alone
 def test_a_hold_lasts_as_long_as_it_is_renewed_and_no_longer(flow_of):
     released = threading.Event()
 
@@ -212,6 +215,7 @@ class Raising(Policy):
         self.check("the middle of its runs")
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("where", ["__init__", "on_fault", "next_runs", "the middle of its runs"])
 def test_a_policy_that_raises_is_dropped_with_a_word(flow_of, caplog, where):
     flow = flow_of(type("Faulty", (Raising,), {"where": where}))
@@ -223,6 +227,7 @@ def test_a_policy_that_raises_is_dropped_with_a_word(flow_of, caplog, where):
     assert "the policy's own fault" in told[0].exc_text
 
 
+@pytest.mark.alone
 def test_a_policy_that_exits_is_dropped(flow_of, caplog):
     class Exiting(Policy):
         holds_rest = True
