@@ -2,7 +2,8 @@
 
 The order (native/order.c) and the window of the background (native/pacing.c) are the code that live migrations run; a
 policy is the class that they load. What is modelled is the rest: a line with a round trip and a bandwidth, which its
-bytes share in the order in which they are sent, and what a fault takes at either end, drawn from the trace.
+bytes share in the order in which they are sent and arrive in it, and what a fault takes at either end and is late on
+the line, drawn from the trace.
 
 Left out: processors that the two hosts, the daemons and the guest would have to share, and touches of pages that are
 there, but for the time that they took while the trace was recorded.
@@ -108,6 +109,7 @@ class Simulation:
         self._events: list[tuple[int, int, Callable[..., None], tuple[int, ...]]] = []
         self._numbers = itertools.count()
         self._free_ns = 0.0  # when the line has carried all that was sent
+        self._arrived_ns = 0.0  # when all of that is there
         self._order = BackgroundOrder(Order.SUGGESTED if order is None else order)
         self._policy = None
         self._is_policy_awake = False
@@ -162,9 +164,9 @@ class Simulation:
         if not was_requested:
             self._requested.lose(page, 1)
             self._order.on_fault(page)
-            before_ns, read_ns, after_ns = next(self._draws)
+            before_ns, read_ns, late_ns, after_ns = next(self._draws)
             sent_ns = self._now_ns + before_ns
-            arrival_ns = self._carry(sent_ns + read_ns, page, 1)
+            arrival_ns = self._carry(sent_ns + read_ns, page, 1, late_ns)
             self._at(int(arrival_ns), self._hear, int(arrival_ns - sent_ns))
             self._at(int(arrival_ns + after_ns), self._place, page, 1)
         if self._policy is not None:
@@ -187,13 +189,17 @@ class Simulation:
 
     # ---- the line ----
 
-    def _carry(self, sent_ns: float, first_page: int, count_pages: int) -> float:
-        """When the reply to a request of then has arrived: the line carries one byte after another."""
+    def _carry(self, sent_ns: float, first_page: int, count_pages: int, late_ns: float = 0.0) -> float:
+        """When the reply to a request of then has arrived.
+
+        The line carries one byte after another: what is late has all that is behind it arrive late, and costs no rate.
+        """
         data_pages = count_pages - int(self._zero[first_page : first_page + count_pages].sum())
         count_bytes = data_pages * PAGE_SIZE_BYTES * _WIRE_SHARE + _MESSAGE_BYTES
         begin_ns = max(sent_ns + self._line.rtt_ns / 2, self._free_ns)
         self._free_ns = begin_ns + count_bytes * 1e9 / self._line.bytes_per_s
-        return self._free_ns + self._line.rtt_ns / 2
+        self._arrived_ns = max(self._arrived_ns, self._free_ns + self._line.rtt_ns / 2 + late_ns)
+        return self._arrived_ns
 
     def _hear(self, rtt_ns: int) -> None:
         """An urgent page, or the answer to a PING, has come: a measure of the line."""
@@ -260,15 +266,14 @@ class Simulation:
     def _at(self, at_ns: int, act: Callable[..., None], *arguments: int) -> None:
         heapq.heappush(self._events, (at_ns, next(self._numbers), act, arguments))
 
-    def _draw_for_ever(self, seed: int) -> Iterator[tuple[float, float, float]]:
-        """What one urgent fault takes before it is sent, at the source with what the line adds, and after the reply."""
+    def _draw_for_ever(self, seed: int) -> Iterator[tuple[float, float, float, float]]:
+        """What one urgent fault takes before it is sent, at the source, by being late, and after the reply."""
         random = np.random.default_rng(seed)
-        overheads = self._overheads
-        at_source_ns = overheads.read_ns + overheads.jitter_ns
+        parts = self._overheads
+        columns = np.stack([parts.before_ns, parts.read_ns, parts.jitter_ns, parts.after_ns]).astype(float)
         while True:
-            drawn = random.integers(0, len(overheads.before_ns), 4096)
-            rows = zip(overheads.before_ns[drawn], at_source_ns[drawn], overheads.after_ns[drawn], strict=True)
-            yield from ((float(before), float(at_source), float(after)) for before, at_source, after in rows)
+            drawn = random.integers(0, columns.shape[1], 4096)
+            yield from zip(*columns[:, drawn].tolist(), strict=True)
 
 
 class Oracle(RecordedSet):

@@ -1,5 +1,7 @@
 """The simulator: what can be worked out by hand comes out so, and nothing is asked for twice or left out."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -45,9 +47,9 @@ def vcpu(pages, think=100 * US, thread_id=7):
     return Touches(thread_id, list(pages), [think] * len(pages))
 
 
-def simulate(*vcpus, of=None, on=None, **how):
+def simulate(*vcpus, of=None, on=None, overheads=OVERHEADS, **how):
     how = how or {"policy_of": Demand}
-    return Simulation(of or memory(), vcpus, OVERHEADS, on or line(), **how).run()
+    return Simulation(of or memory(), vcpus, overheads, on or line(), **how).run()
 
 
 def test_on_demand_every_touch_waits_for_one_round_trip():
@@ -62,6 +64,26 @@ def test_on_demand_every_touch_waits_for_one_round_trip():
 def test_a_page_takes_its_time_on_a_narrow_line():
     outcome = simulate(vcpu(range(PAGES)), on=line(1_000_000))
     assert outcome.stalls_us == pytest.approx(ALONE_US + PAGE_BYTES, rel=1e-3)
+
+
+def test_what_is_behind_a_late_page_is_late():
+    """By 30 ms, the background would have brought all; the first vCPU's page takes 50 ms more than a page does."""
+    late = dataclasses.replace(OVERHEADS, jitter_ns=constant(50 * MS))
+    vcpus = [vcpu([PAGES - 1], think=0), vcpu([1], think=30 * MS, thread_id=8)]
+    punctual = simulate(*vcpus, order=Order.PRECOPY)
+    assert punctual.stalls_us.tolist() == pytest.approx([ALONE_US], abs=1)
+    outcome = simulate(*vcpus, overheads=late, order=Order.PRECOPY)
+    assert outcome.stalls_us.tolist() == pytest.approx([ALONE_US + 20_000 - AFTER / 1000, ALONE_US + 50_000], abs=1)
+
+
+def test_a_page_that_has_queued_is_late_all_the_same():
+    late = dataclasses.replace(OVERHEADS, jitter_ns=constant(2 * MS))
+    punctual_us, late_us = (
+        simulate(vcpu([PAGES - 1]), on=line(4_000_000), overheads=overheads, order=Order.PRECOPY).stall_total_us
+        for overheads in (OVERHEADS, late)
+    )
+    assert punctual_us > ALONE_US + 10_000, "it has queued"
+    assert late_us == pytest.approx(punctual_us + 2_000, abs=1)
 
 
 def test_two_vcpus_that_want_one_page_wait_for_one_request():
