@@ -86,15 +86,11 @@ static void wake_all(struct mig_pager *pager)
     pthread_cond_broadcast(&pager->noted);
 }
 
-uint64_t mig_no_longer_missing(struct mig_pager *pager, uint64_t first, uint64_t count)
+void mig_no_longer_missing(struct mig_pager *pager, uint64_t count)
 {
-    const uint64_t arrived = mig_bitmap_clear_range(&pager->missing, first, count);
-
-    pager->counters.duplicate_pages += count - arrived;
     /* A release, so that whoever sees the end without the mutex sees all that led to it. */
-    if (__atomic_sub_fetch(&pager->counters.missing_pages, arrived, __ATOMIC_RELEASE) == pager->counters.deferred_pages)
+    if (__atomic_sub_fetch(&pager->counters.missing_pages, count, __ATOMIC_RELEASE) == pager->counters.deferred_pages)
         wake_all(pager);
-    return arrived;
 }
 
 void mig_pager_fail(struct mig_pager *pager, int error)

@@ -104,7 +104,7 @@ int mig_push_urgent(struct mig_pager *pager, uint64_t page);
 void mig_note_fault(struct mig_pager *pager, const struct waiter *waiter, bool was_requested);
 /** The order's next run; has the policy told once it has few left. */
 uint32_t mig_next_run(struct mig_pager *pager, uint32_t max_pages, uint64_t *ret_first_page);
-/** Takes pages off the missing bitmap; returns how many were on it. */
-uint64_t mig_no_longer_missing(struct mig_pager *pager, uint64_t first, uint64_t count);
+/** So many pages were taken off the missing bitmap; the last of what is counted of them. */
+void mig_no_longer_missing(struct mig_pager *pager, uint64_t count);
 
 #endif

@@ -22,13 +22,15 @@ void mig_count_present(struct mig_pager *pager, uint64_t first, uint64_t count, 
                 pager->counters.verified_pages++;
                 pager->counters.memory_digest += mig_digest_memory_term(first + i, page_digests[i]);
             }
-    const uint64_t arrived = mig_no_longer_missing(pager, first, count);
+    const uint64_t arrived = mig_bitmap_clear_range(&pager->missing, first, count);
+    pager->counters.duplicate_pages += count - arrived;
     if (!pager->is_live)
         pager->counters.precopy_pages += arrived;
     else if (kind == MIG_KIND_URGENT)
         pager->counters.urgent_pages += arrived;
     else
         pager->counters.background_pages += arrived;
+    mig_no_longer_missing(pager, arrived);
     mig_settle_waiters(pager, first, count, replied_ns, kind);
     pthread_mutex_unlock(&pager->mutex);
 }
@@ -129,10 +131,10 @@ static void note_zero(struct mig_pager *pager, uint64_t first, uint64_t end)
         mig_bitmap_set_range(&pager->known_zero, page, stop - page);
         page = mig_bitmap_next_set(&pager->missing, stop);
     }
-    const uint64_t duplicates_before = pager->counters.duplicate_pages;
-    pager->counters.zero_pages += mig_no_longer_missing(pager, first, end - first);
     /* A hole told beyond the request overlaps what others asked for; that is no page sent twice. */
-    pager->counters.duplicate_pages = duplicates_before;
+    const uint64_t arrived = mig_bitmap_clear_range(&pager->missing, first, end - first);
+    pager->counters.zero_pages += arrived;
+    mig_no_longer_missing(pager, arrived);
 }
 
 int mig_pager_place_zero(struct mig_pager *pager, uint64_t generation, uint64_t first_page, uint64_t count_pages)

@@ -1,8 +1,10 @@
 """The C pager against a real userfaultfd in another process."""
 
+import contextlib
 import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -50,6 +52,21 @@ def test_fault_is_claimed_placed_and_recorded(toucher, pager):
     assert record.thread_id != 0
     counters = pager.counters()
     assert (counters.urgent_pages, counters.missing_pages, counters.faults) == (1, PAGES - 1, 1)
+
+
+def test_all_is_counted_when_no_page_is_missing(toucher, pager):
+    """Counters are read without a lock, by whoever wants to know whether it is over; others wait for it meanwhile."""
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(200):
+            with contextlib.closing(Pager(os.dup(toucher.uffd), toucher.hva, PAGES)) as fresh:
+                fresh.place_zero(0, 1)
+                waiting = pool.submit(fresh.wait_done, CLAIM_US)
+                placing = pool.submit(fresh.place_zero, 0, PAGES)
+                while (counters := fresh.counters()).missing_pages:
+                    pass
+                assert (counters.zero_pages, counters.duplicate_pages) == (PAGES, 0)
+                placing.result(10)
+                assert waiting.result(10)
 
 
 def test_stages_of_a_fault_are_recorded_in_their_order(toucher, pager):
