@@ -4,11 +4,9 @@ import itertools
 
 import pytest
 
-from migrate.v1 import guest_service_pb2 as guest
 from tests.harness.daemons import DaemonProcess, close_together, two_daemons
-from tests.harness.operator import is_free
+from tests.harness.operator import delete_everywhere
 from tests.harness.tls_dirs import Certificates
-from tests.harness.waiting import wait_until
 
 _names = (f"guest-{number}" for number in itertools.count())
 
@@ -42,10 +40,8 @@ def make_guest(source, destination):
         return name
 
     yield make
-    for name, daemon in itertools.product(made, (source, destination)):
-        wait_until(lambda name=name, daemon=daemon: is_free(daemon, name), 10, f"{name} to be free")
-        if name in daemon.guest_names():
-            daemon.guests.DeleteGuest(guest.DeleteGuestRequest(name=name), timeout=30)
+    for name in made:
+        delete_everywhere(name, source, destination)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from migrate.v1 import types_pb2 as types
 from tests.harness import cli
 from tests.harness.barriers import Barriers
 from tests.harness.daemons import FINAL, two_daemons
-from tests.harness.operator import ask, check_moved, check_runs, is_free, start, start_detached, status
+from tests.harness.operator import ask, check_moved, check_runs, delete_everywhere, start, start_detached, status
 from tests.harness.waiting import wait_until
 
 pytestmark = [pytest.mark.kvm, pytest.mark.uffd]
@@ -47,10 +47,7 @@ def writer(source, destination):
     source.create("writer", memory_mib=MEMORY_MIB, vcpus=2, write_ratio=1.0)
     source.wait_populated("writer")
     yield "writer"
-    for daemon in (source, destination):
-        wait_until(lambda daemon=daemon: is_free(daemon, "writer"), 10, "the guest to be free")
-        if "writer" in daemon.guest_names():
-            daemon.guests.DeleteGuest(guest.DeleteGuestRequest(name="writer"), timeout=30)
+    delete_everywhere("writer", source, destination)
 
 
 def children(pid):

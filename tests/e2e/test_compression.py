@@ -11,12 +11,10 @@ import pytest
 
 from migrate.daemon.status import received_error
 from migrate.errors import ConfigError
-from migrate.v1 import guest_service_pb2 as guest
 from migrate.v1 import migration_service_pb2 as migration
 from migrate.v1 import transfer_service_pb2 as transfer
 from migrate.v1 import types_pb2 as types
-from tests.harness.operator import is_free
-from tests.harness.waiting import wait_until
+from tests.harness.operator import delete_everywhere
 
 pytestmark = [pytest.mark.uffd, pytest.mark.timeout(60)]
 DEADLINE_S = 50.0
@@ -33,10 +31,7 @@ def name(source, destination):
     """A name for a guest, which is deleted wherever it is."""
     chosen = next(_names)
     yield chosen
-    for daemon in (source, destination):
-        wait_until(lambda daemon=daemon: is_free(daemon, chosen), 10, "the guest to be free")
-        if chosen in daemon.guest_names():
-            daemon.guests.DeleteGuest(guest.DeleteGuestRequest(name=chosen), timeout=30)
+    delete_everywhere(chosen, source, destination)
 
 
 @pytest.mark.kvm

@@ -3,6 +3,7 @@
 import contextlib
 from concurrent.futures import ThreadPoolExecutor
 
+from migrate.v1 import guest_service_pb2 as guest
 from tests.harness import cli
 from tests.harness.waiting import wait_until
 
@@ -42,6 +43,14 @@ def status(daemon, migration_id):
 def is_free(daemon, name):
     """Whether no migration holds a guest, which may be gone."""
     return all(listed.migration_id == "" for listed in daemon.list_guests() if listed.spec.name == name)
+
+
+def delete_everywhere(name, *daemons):
+    """No daemon has a guest of that name any more."""
+    for daemon in daemons:
+        wait_until(lambda daemon=daemon: is_free(daemon, name), 10, f"{name} to be free")
+        if name in daemon.guest_names():
+            daemon.guests.DeleteGuest(guest.DeleteGuestRequest(name=name), timeout=30)
 
 
 def check_moved(source, destination, name, report):
