@@ -147,7 +147,7 @@ def test_destination_that_falls_silent_in_precopy_costs_an_attempt(proxied):
     migration_id = begin(proxied, mode=types.MIGRATION_MODE_PRECOPY)
     proxied.wait_state(proxied.source, migration_id, types.MIGRATION_STATE_PRECOPY)
     proxied.destination.control_link.blackhole()
-    lost = wait_until(lambda: _attempt_lost(proxied, migration_id), PEER_TIMEOUT_S * 3, "the attempt to be lost")
+    lost = wait_until(lambda: _attempt_lost(proxied, migration_id), PEER_TIMEOUT_S * 2, "the attempt to be lost")
     assert (lost.holder, proxied.runners()) == (types.GUEST_HOLDER_SOURCE, "source")
     proxied.destination.control_link.reset()
     proxied.destination.control_link.heal()

@@ -5,12 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.harness.blocked_script import SLEEP_MS
 from tests.harness.waiting import wait_until
 
 # Numbers of x86_64.
 READ, POLL, PAUSE, NANOSLEEP, SIGTIMEDWAIT, FUTEX = 0, 7, 34, 35, 128, 202
 CLOCK_NANOSLEEP, EPOLL_WAIT, PSELECT, PPOLL = 230, 232, 270, 271
-SLEEP_S = 1.5
+SLEEP_S = SLEEP_MS / 1000
 _SCRIPT = Path(__file__).with_name("blocked_script.py")
 
 

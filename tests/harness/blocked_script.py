@@ -217,4 +217,5 @@ def main():
     say(json.dumps(answer))
 
 
-main()
+if __name__ == "__main__":
+    main()

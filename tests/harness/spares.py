@@ -32,6 +32,7 @@ class Spares:
             with stack:
                 if _is_wanted_next(request):
                     self._spare = self._begin(options)
+                    # A test that is to be alone has no daemons starting beside it, either.
                     if request.node.get_closest_marker("alone"):
                         self._spare[1].exception()
                 yield made
