@@ -52,6 +52,9 @@ _COMPLAINT = re.compile("|".join(COMPLAINTS), re.IGNORECASE)
 # Any warning of a kernel that has long booted is one too, but for this: an overloaded host causes it by itself.
 _KERNEL_LINE = re.compile(r"<([0-7])>\[ *\d+\.\d+\] (.*)")
 _HARMLESS = re.compile(r"hrtimer: interrupt took|perf: interrupt took")
+# Nor of a clock, if both agree: a watchdog that came late and compares none (kernel/time/clocksource.c).
+_LATE_WATCHDOG = re.compile(r"clocksource: Long readout interval, skipping .*: cs_nsec: (\d+) wd_nsec: (\d+)$")
+_CLOCKS_AGREE_NS = 10_000_000
 _WARNING_LEVEL = 4
 _COUNTED = re.compile(r"(tick|sum ok|versions ok) (\d+)\b")
 
@@ -81,11 +84,18 @@ def judge(text):
             setattr(report, attribute, number)
         elif line.startswith("ready "):
             report.ready = True
+        elif kernel and _is_late_watchdog(kernel[2]):
+            continue
         elif " BAD" in line or _COMPLAINT.search(line):
             report.faults.append(line)
         elif report.ready and not (kernel and (int(kernel[1]) > _WARNING_LEVEL or _HARMLESS.search(kernel[2]))):
             report.faults.append(f"not expected: {line}")
     return report
+
+
+def _is_late_watchdog(said):
+    late = _LATE_WATCHDOG.match(said)
+    return late is not None and abs(int(late[1]) - int(late[2])) <= _CLOCKS_AGREE_NS
 
 
 class LinuxConsole:

@@ -6,6 +6,7 @@ from tests.harness.linux_guest import LinuxConsole, judge
 
 BOOT = "<4>[    0.533884] mtrr: your CPUs had inconsistent MTRRdefType settings\r\nclocksource hpet\n"
 READY = "ready data_mib=256 versions_mib=16 uptime=4.04\n"
+LATE = "<4>[    5.314485] clocksource: Long readout interval, skipping watchdog check:"
 GOOD = BOOT + READY + "tick 1\nversions ok 1 writes=0\ntick 2\nsum ok 1\ntick 3\nversions ok 2 writes=4096\n"
 
 
@@ -40,6 +41,8 @@ def test_a_line_without_its_end_does_not_count():
         ("<3>[   30.1] rcu: INFO: rcu_preempt self-detected stall on CPU", None),
         ("<3>[   30.1] rcu: rcu_preempt kthread starved for 2500 jiffies!", None),
         ("<4>[   30.1] clocksource: timekeeping watchdog on CPU1: Marking clocksource 'tsc' as unstable", None),
+        (f"{LATE} cs_nsec: 1108799625 wd_nsec: 608799330", None),
+        (f"{LATE} cs_nsec: 1108799625 wd_nsec: 1108799330 and more", None),
         ("<4>[   30.1] WARNING: CPU: 0 PID: 1 at kernel/time/timekeeping.c:1", None),
         ("<6>[   30.1] md5sum[99]: segfault at 0 ip 0 sp 0 error 4", None),
         ("<1>[   30.1] BUG: Bad page state in process md5sum", None),
@@ -57,9 +60,16 @@ def test_a_complaint_is_one_before_the_guest_is_ready_too():
     assert judge("<3>[    1.0] BUG: unable to handle page fault\n").faults != []
 
 
-@pytest.mark.parametrize("line", ["<6>[   30.1] random: crng init done", "<4>[ 1.2] hrtimer: interrupt took 9 ns"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "<6>[   30.1] random: crng init done",
+        "<4>[ 1.2] hrtimer: interrupt took 9 ns",
+        f"{LATE} cs_nsec: 1108799625 wd_nsec: 1108799330",
+    ],
+)
 def test_a_harmless_line_is_none(line):
-    assert judge(GOOD + line + "\n").faults == []
+    assert judge(GOOD + line + "\n").faults == judge(BOOT + line + "\n" + READY).faults == []
 
 
 def test_a_line_that_a_move_cut_in_two_is_one_line(tmp_path):
