@@ -106,7 +106,7 @@ class Simulation:
             self._missing.place(first, end - first)
         self._left = int(memory.missing.sum())
         self._now_ns = 0
-        self._events: list[tuple[int, int, Callable[..., None], tuple[int, ...]]] = []
+        self._events: list[tuple[int, int, Callable[..., None], tuple[float, ...]]] = []
         self._numbers = itertools.count()
         self._free_ns = 0.0  # when the line has carried all that was sent
         self._arrived_ns = 0.0  # when all of that is there
@@ -165,10 +165,7 @@ class Simulation:
             self._requested.lose(page, 1)
             self._order.on_fault(page)
             before_ns, read_ns, late_ns, after_ns = next(self._draws)
-            sent_ns = self._now_ns + before_ns
-            arrival_ns = self._carry(sent_ns + read_ns, page, 1, late_ns)
-            self._at(int(arrival_ns), self._hear, int(arrival_ns - sent_ns))
-            self._at(int(arrival_ns + after_ns), self._place, page, 1)
+            self._at(int(self._now_ns + before_ns + read_ns), self._reply, page, read_ns, late_ns, after_ns)
         if self._policy is not None:
             self._heard.append(Fault(page, self._now_ns, vcpu.thread_id, was_requested))
             self._wake_policy(_POLICY_NS)
@@ -189,14 +186,25 @@ class Simulation:
 
     # ---- the line ----
 
-    def _carry(self, sent_ns: float, first_page: int, count_pages: int, late_ns: float = 0.0) -> float:
-        """When the reply to a request of then has arrived.
+    # A reply takes the line when it leaves, not when it is asked for; `_carry` counts the request's way in.
+    def _reply(self, page: int, read_ns: float, late_ns: float, after_ns: float) -> None:
+        """The source has read an urgent page."""
+        arrival_ns = self._carry(page, 1, late_ns)
+        self._at(int(arrival_ns), self._hear, int(arrival_ns - self._now_ns + read_ns))
+        self._at(int(arrival_ns + after_ns), self._place, page, 1)
+
+    def _reply_run(self, first_page: int, count_pages: int) -> None:
+        """It has read a run of the background's."""
+        self._at(int(self._carry(first_page, count_pages)), self._hear_background, first_page, count_pages)
+
+    def _carry(self, first_page: int, count_pages: int, late_ns: float = 0.0) -> float:
+        """When the reply to a request of now has arrived.
 
         The line carries one byte after another: what is late has all that is behind it arrive late, and costs no rate.
         """
         data_pages = count_pages - int(self._zero[first_page : first_page + count_pages].sum())
         count_bytes = data_pages * PAGE_SIZE_BYTES * _WIRE_SHARE + _MESSAGE_BYTES
-        begin_ns = max(sent_ns + self._line.rtt_ns / 2, self._free_ns)
+        begin_ns = max(self._now_ns + self._line.rtt_ns / 2, self._free_ns)
         self._free_ns = begin_ns + count_bytes * 1e9 / self._line.bytes_per_s
         self._arrived_ns = max(self._arrived_ns, self._free_ns + self._line.rtt_ns / 2 + late_ns)
         return self._arrived_ns
@@ -231,8 +239,7 @@ class Simulation:
             first_page, count_pages = run
             self._requested.lose(first_page, count_pages)
             self._open_bytes += count_pages * PAGE_SIZE_BYTES
-            arrival_ns = self._carry(self._now_ns + _ASK_NS, first_page, count_pages)
-            self._at(int(arrival_ns), self._hear_background, first_page, count_pages)
+            self._at(self._now_ns + _ASK_NS, self._reply_run, first_page, count_pages)
 
     def _hear_background(self, first_page: int, count_pages: int) -> None:
         self._open_bytes -= count_pages * PAGE_SIZE_BYTES
@@ -263,7 +270,7 @@ class Simulation:
 
     # ---- parts ----
 
-    def _at(self, at_ns: int, act: Callable[..., None], *arguments: int) -> None:
+    def _at(self, at_ns: int, act: Callable[..., None], *arguments: float) -> None:
         heapq.heappush(self._events, (at_ns, next(self._numbers), act, arguments))
 
     def _draw_for_ever(self, seed: int) -> Iterator[tuple[float, float, float, float]]:

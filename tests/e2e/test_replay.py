@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from migrate.pager.replay import overheads_of
+from migrate.pager.replay import outcome_of, overheads_of
 from migrate.telemetry.trace_file import read_trace
 from tests.harness import cli
 from tests.harness.operator import ask, start
@@ -40,6 +40,14 @@ def directory(tmp_path_factory):
     made = tmp_path_factory.mktemp("own")
     (made / "own_replayed.py").write_text(OWN_TEXT)
     return made
+
+
+@pytest.fixture(scope="module")
+def even(tmp_path_factory):
+    """The trace of faults that took what faults take, whatever this machine does meanwhile."""
+    path = tmp_path_factory.mktemp("even") / "even.parquet"
+    write_trace(path, faults=500)
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +95,12 @@ def test_a_demand_trace_has_every_first_touch(recorded):
     assert live["network_fault_share"] > 0.95
     assert live["network_fault_pages"] == pytest.approx(touched, rel=0.05)
     assert live["stalls"] == report["fault_latency_us"]["count"] - zero_faults(path)
-    # Its own order on its own line: the simulator has nothing to guess.
+    # Its own order on its own line: the simulator has nothing to guess, but what it draws has the recording's spread.
     assert again["network_fault_pages"] == live["network_fault_pages"]
     assert again["stall_p50_us"] == pytest.approx(live["stall_p50_us"], rel=0.25)
-    assert again["stall_total_us"] == pytest.approx(live["stall_total_us"], rel=0.25)
+    stalls_us = outcome_of(read_trace(path)).stalls_us
+    drawn_us = 5 * stalls_us.std() * len(stalls_us) ** 0.5
+    assert again["stall_total_us"] == pytest.approx(live["stall_total_us"], abs=drawn_us + 0.1 * live["stall_total_us"])
 
 
 def zero_faults(path):
@@ -98,28 +108,26 @@ def zero_faults(path):
     return int((faults.kind == 0).sum())
 
 
-def test_orders_are_compared_with_each_other_and_with_an_oracle(recorded):
+def test_orders_are_compared_with_each_other_and_with_an_oracle(recorded, even):
     path, _ = recorded
     words = [word for order in ("precopy", "follow", "bubble", "stride", "recorded-set") for word in ("--order", order)]
-    answer, replayed = outcomes(path, *words, *LINE, "--recorded", str(path))
+    answer, replayed = outcomes(path, *words, *LINE, "--like", str(even), "--recorded", str(path))
     assert (answer["rtt_us"], answer["bandwidth_bytes_per_s"]) == (2000, 50_000_000)
     assert list(replayed) == ["precopy", "follow", "bubble", "stride", "recorded-set", "oracle"]
     for order, outcome in replayed.items():
         assert outcome["pages"] == answer["recorded"]["pages"], order
         assert 0 < outcome["network_fault_share"] < 1, order
-        # 16 MiB over 50 MB/s, and the order has no say in that.
-        assert outcome["duration_us"] == pytest.approx(16 * 1.048576 / 50 * 1e6, rel=0.2), order
+        # None is faster than 16 MiB over 50 MB/s, nor much slower: the window has to open, and leaves room for faults.
+        assert 0.99 < outcome["duration_us"] / (16 * 1.048576 / 50 * 1e6) < 2, order
         assert replayed["oracle"]["stall_total_us"] <= outcome["stall_total_us"], order
     assert replayed["recorded-set"] == {**replayed["oracle"], "order": "recorded-set"}
 
 
-def test_what_faults_take_may_come_from_another_trace(recorded, tmp_path):
+def test_what_faults_take_may_come_from_another_trace(recorded, even):
     path, _ = recorded
-    slower = tmp_path / "slower.parquet"
-    write_trace(slower, faults=500)
     words = ("--order", "demand", "--bandwidth", "1GB")
-    here, there = (outcomes(path, *words, *more) for more in ((), ("--like", str(slower))))
-    assert there[0]["rtt_us"] == pytest.approx(overheads_of(read_trace(slower)).rtt_ns / 1000, abs=0.01)
+    here, there = (outcomes(path, *words, *more) for more in ((), ("--like", str(even))))
+    assert there[0]["rtt_us"] == pytest.approx(overheads_of(read_trace(even)).rtt_ns / 1000, abs=0.01)
     assert there[0]["rtt_us"] != here[0]["rtt_us"]
     assert there[1]["demand"]["network_fault_pages"] == here[1]["demand"]["network_fault_pages"]
 
@@ -148,12 +156,10 @@ def test_people_get_a_table(recorded):
     assert [line.split("  ")[0].strip() for line in lines[1:]] == ["ORDER", "demand, as recorded", "precopy", "oracle"]
 
 
-def test_what_a_trace_does_not_show_must_be_said(recorded, tmp_path):
+def test_what_a_trace_does_not_show_must_be_said(recorded, even):
     path, _ = recorded
     assert "give --bandwidth" in replay(path, "--order", "precopy", exit_code=2).stderr
-    other = tmp_path / "other.parquet"
-    write_trace(other, faults=500)
-    said = replay(other, "--order", "precopy", "--json")
+    said = replay(even, "--order", "precopy", "--json")
     assert "record with --order demand" in said.stderr
     assert json.loads(said.stdout)["recorded"]["order"] != "demand"
 

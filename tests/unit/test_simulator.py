@@ -86,6 +86,18 @@ def test_a_page_that_has_queued_is_late_all_the_same():
     assert late_us == pytest.approx(punctual_us + 2_000, abs=1)
 
 
+@pytest.mark.parametrize("part", ["before_ns", "read_ns"])
+def test_what_has_not_been_sent_keeps_nothing_off_the_line(part):
+    """The background goes on while the one request is late, at whichever end."""
+    late = dataclasses.replace(OVERHEADS, **{part: constant(50 * MS)})
+    punctual, outcome = (
+        simulate(vcpu([PAGES - 1], think=0), on=line(10_000_000), overheads=overheads, order=Order.PRECOPY)
+        for overheads in (OVERHEADS, late)
+    )
+    assert outcome.duration_us == pytest.approx(punctual.duration_us, rel=0.01)
+    assert outcome.stall_total_us > 50_000
+
+
 def test_two_vcpus_that_want_one_page_wait_for_one_request():
     outcome = simulate(vcpu([3], think=0), vcpu([3], think=1 * MS, thread_id=8), of=memory(4))
     assert (outcome.waited_pages, len(outcome.stalls_us)) == (1, 2)
