@@ -78,7 +78,7 @@ def _order(text: str) -> str:
 
 def complete_order(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Orders of this host; the destination may have others."""
-    from migrate.pager.orders import installed_orders  # noqa: PLC0415 - importlib.metadata takes a while to load
+    from migrate.pager.orders import installed_orders  # noqa: PLC0415
 
     return [
         CompletionItem(source.name, help=source.where)

@@ -30,7 +30,7 @@ def policies(as_json: bool) -> None:
 
     Of the C core, and policies: Python classes that installed packages bring. `migrate daemon --policy` adds others.
     """
-    from migrate.pager.orders import installed_orders  # noqa: PLC0415 - importlib.metadata takes a while to load
+    from migrate.pager.orders import installed_orders  # noqa: PLC0415
 
     rows = [_row(source) for source in installed_orders()]
     if as_json:

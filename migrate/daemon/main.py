@@ -19,7 +19,6 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from migrate.config import DaemonConfig, Endpoint
-from migrate.daemon.access import Access, AccessInterceptor
 from migrate.daemon.guests import GuestRegistry
 from migrate.daemon.limits import CALLS_MAX, SERVER_OPTIONS, LimitInterceptor
 from migrate.daemon.migrations import MigrationRegistry
@@ -28,7 +27,6 @@ from migrate.daemon.programs import Programs
 from migrate.daemon.services import GuestServicer, MigrationServicer, TransferServicer
 from migrate.daemon.state_dir import StateDir
 from migrate.daemon.status import ErrorInterceptor
-from migrate.daemon.tls import DaemonTls
 from migrate.errors import ConfigError
 from migrate.native.exports import Exports
 from migrate.native.pageserver import PageServer
@@ -37,7 +35,6 @@ from migrate.pager.orders import Orders
 from migrate.pageserver.servicer import PageServicer
 from migrate.telemetry.clock import Clock
 from migrate.telemetry.logs import configure_logging
-from migrate.tls import describe
 from migrate.v1 import (
     guest_service_pb2,
     guest_service_pb2_grpc,
@@ -52,6 +49,7 @@ from migrate.v1 import types_pb2 as types
 
 if TYPE_CHECKING:
     from migrate.daemon.metrics import MetricsServer
+    from migrate.daemon.tls import DaemonTls
 
 _GRACE_S = 1.0
 # A control call waits for the GIL behind at most a few threads that place pages; 1 ms turns keep it within its 50 ms.
@@ -78,7 +76,7 @@ class Daemon:
         page_listen = Endpoint.parse(config.page_listen) if config.page_listen else Endpoint(listen.host, 0)
         programs = Programs(config.programs_dir)
         orders = Orders(config.policies)
-        self._tls = DaemonTls(config.tls_dir) if config.tls_dir is not None else None
+        self._tls = None if config.tls_dir is None else _open_tls(config.tls_dir)
         self._is_mortal = config.state_dir is None
         self._state = StateDir(config.state_dir or Path(tempfile.mkdtemp(prefix="migrate-")))
         self.stopping = threading.Event()
@@ -103,7 +101,7 @@ class Daemon:
             raise
         self._metrics: MetricsServer | None = None
         if config.metrics_listen:
-            # Its library is not loaded otherwise: guests may be waiting for this daemon.
+            # As with TLS: its library is not loaded otherwise.
             from migrate.daemon import metrics  # noqa: PLC0415
 
             try:
@@ -163,15 +161,14 @@ class Daemon:
 
     def describe_tls(self) -> str:
         """What it presents to those who call, in words for the log."""
-        return ", in plaintext" if self._tls is None else f", as {describe(self._tls.files.current().identity)}"
+        return ", in plaintext" if self._tls is None else f", as {self._tls.describe()}"
 
     def _build_control_server(self) -> grpc.Server:
         interceptors: list[grpc.ServerInterceptor] = [ErrorInterceptor()]
         check_party = None
         if self._tls is not None:
-            access = Access(self._tls.files)
-            interceptors.append(AccessInterceptor(access))
-            check_party = access.check_party
+            interceptors.append(self._tls.interceptor())
+            check_party = self._tls.access.check_party
         server = grpc.server(
             futures.ThreadPoolExecutor(CALLS_MAX, "control"),
             interceptors=[LimitInterceptor(), *interceptors],
@@ -248,7 +245,14 @@ def _tell_ready(ready_fd: int, daemon: Daemon) -> None:
         stream.write(json.dumps(ready) + "\n")
 
 
-def _bind(server: grpc.Server, endpoint: Endpoint, tls: DaemonTls | None) -> Endpoint:
+def _open_tls(path: Path) -> "DaemonTls":
+    # Guests may be waiting for this daemon, and certificates take a while to load.
+    from migrate.daemon.tls import DaemonTls  # noqa: PLC0415
+
+    return DaemonTls(path)
+
+
+def _bind(server: grpc.Server, endpoint: Endpoint, tls: "DaemonTls | None") -> Endpoint:
     try:
         if tls is None:
             port = server.add_insecure_port(str(endpoint))

@@ -220,7 +220,7 @@ class MigrationRegistry:
         Raises:
             MigrateError: why it cannot come; nothing was changed.
         """
-        check_prepare(request, HostFacts(available_bytes(), self._orders.names))
+        check_prepare(request, HostFacts(available_bytes(), self._orders))
         policy = self._policy_of(request.order)
         entry = destination_entry(request, peer_host)
         attempt = entry.destination.attempt

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import grpc
 
@@ -16,11 +16,12 @@ from migrate.errors import (
     MigrationAbortedError,
     PeerUnreachableError,
 )
-from migrate.handshake import why_refused
-from migrate.tls import TlsFiles, TlsMaterial
 from migrate.v1 import transfer_service_pb2 as transfer
 from migrate.v1 import transfer_service_pb2_grpc as rpc
 from migrate.v1 import types_pb2 as types
+
+if TYPE_CHECKING:
+    from migrate.tls import TlsFiles, TlsMaterial
 
 _Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
@@ -41,7 +42,7 @@ class GrpcPeer:
         tls: Our certificate, and whom we trust; None connects in plaintext.
     """
 
-    def __init__(self, endpoint: Endpoint, role: str, timeout_s: float, tls: TlsFiles | None = None) -> None:
+    def __init__(self, endpoint: Endpoint, role: str, timeout_s: float, tls: "TlsFiles | None" = None) -> None:
         self._name = f"the {role} daemon at {endpoint}"
         self._endpoint = endpoint
         self._timeout_s = timeout_s
@@ -152,10 +153,13 @@ class GrpcPeer:
         """The reason, if it is TLS. To look costs a connection: peers in plaintext are spared it after Prepare."""
         if not any(words in error.message for words in _HANDSHAKE_WORDS) or (self._tls is None and not is_first):
             return ""
+        # What a daemon without TLS need not load before it serves.
+        from migrate.handshake import why_refused  # noqa: PLC0415
+
         return why_refused(self._endpoint, None if self._tls is None else self._tls.path)
 
 
-def _channel(endpoint: Endpoint, timeout_s: float, material: TlsMaterial | None) -> grpc.Channel:
+def _channel(endpoint: Endpoint, timeout_s: float, material: "TlsMaterial | None") -> grpc.Channel:
     credentials = None if material is None else channel_credentials(material)
     return open_channel(str(endpoint), credentials, _options(timeout_s))
 

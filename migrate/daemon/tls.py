@@ -9,11 +9,12 @@ from pathlib import Path
 import grpc
 
 from migrate.channels import channel_credentials
+from migrate.daemon.access import Access, AccessInterceptor
 from migrate.errors import MigrateError
 from migrate.native.tls import NativeTls
 from migrate.pager.fetcher import Fetcher, FetchTerms, make_fetcher
 from migrate.telemetry.clock import Clock
-from migrate.tls import CA_FILE, CERTIFICATE_FILE, KEY_FILE, LOOK_INTERVAL_S, PEERS_DIR, TlsFiles, TlsMaterial
+from migrate.tls import CA_FILE, CERTIFICATE_FILE, KEY_FILE, LOOK_INTERVAL_S, PEERS_DIR, TlsFiles, TlsMaterial, describe
 from migrate.v1 import types_pb2 as types
 
 _log = logging.getLogger(__name__)
@@ -25,6 +26,11 @@ class DaemonTls:
     Args:
         path: The directory.
 
+    Attributes:
+        files: What is in it.
+        native: The same, for the page endpoint in C.
+        access: Who may call.
+
     Raises:
         ConfigError: it cannot be used.
     """
@@ -32,9 +38,14 @@ class DaemonTls:
     def __init__(self, path: Path) -> None:
         self.files = TlsFiles(path)
         self.native = _native_tls(path)
+        self.access = Access(self.files)
         self._stopping = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="tls-watch", daemon=True)
         self._watcher.start()
+
+    def describe(self) -> str:
+        """What we present to those who call, in words for the log."""
+        return describe(self.files.current().identity)
 
     def server_credentials(self) -> grpc.ServerCredentials:
         """What a gRPC server presents, and asks for: every handshake has the files of that moment."""
@@ -53,6 +64,10 @@ class DaemonTls:
             fetch,  # type: ignore[arg-type]  # None means no change, which the stubs do not know
             require_client_authentication=True,
         )
+
+    def interceptor(self) -> grpc.ServerInterceptor:
+        """What asks `access` before every call of a gRPC server."""
+        return AccessInterceptor(self.access)
 
     def channel_credentials(self) -> grpc.ChannelCredentials:
         """What a gRPC client presents that connects now.

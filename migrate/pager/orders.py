@@ -5,16 +5,20 @@ those. `module:Class` imports whatever it names, so a daemon takes it only from 
 daemon is started, and never from a peer.
 """
 
+import functools
 import importlib
 import inspect
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points, version
+from typing import TYPE_CHECKING
 
 from migrate.config import ORDERS, check_order_word
 from migrate.errors import ConfigError, UnsupportedHostError
 from migrate.pager.policy import Policy
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 GROUP = "migrate.policies"
 _OWN_PACKAGE = "migrate"
@@ -36,7 +40,7 @@ class OrderSource:
     name: str
     package: str
     package_version: str
-    entry_point: EntryPoint | None = None
+    entry_point: "EntryPoint | None" = None
 
     @property
     def where(self) -> str:
@@ -63,6 +67,9 @@ class OrderSource:
 
 def installed_orders() -> list[OrderSource]:
     """All orders on this host, those of the C core first. Imports none."""
+    # Takes a while to load, and longer to look: a daemon that starts, or moves by an order of the C core, does neither.
+    from importlib.metadata import version  # noqa: PLC0415
+
     found = {name: OrderSource(name, _OWN_PACKAGE, version(_OWN_PACKAGE)) for name in ORDERS}
     for name, package, package_version, point in sorted(_points(), key=lambda each: (each[1] != _OWN_PACKAGE, each)):
         if name in found:
@@ -72,14 +79,16 @@ def installed_orders() -> list[OrderSource]:
     return list(found.values())
 
 
-def _points() -> Iterator[tuple[str, str, str, EntryPoint]]:
+def _points() -> Iterator[tuple[str, str, str, "EntryPoint"]]:
+    from importlib.metadata import entry_points  # noqa: PLC0415
+
     for point in entry_points(group=GROUP):
         if point.dist is not None:
             yield point.name, point.dist.name, point.dist.version, point
 
 
-class Orders:
-    """The orders that one daemon offers; what is installed later is not among them.
+class Orders(Collection[str]):
+    """The orders that one daemon offers, by name. Which are installed is looked up once, when it first matters.
 
     Args:
         allowed: As `module:Class`, those that its operator has chosen. They are imported now.
@@ -89,7 +98,6 @@ class Orders:
     """
 
     def __init__(self, allowed: Iterable[str] = ()) -> None:
-        self._installed = {source.name: source for source in installed_orders()}
         self._allowed: dict[str, type[Policy]] = {}
         for reference in allowed:
             check_order_word(reference)
@@ -97,10 +105,14 @@ class Orders:
                 raise ConfigError(f"{reference!r} is not module:Class", remedy="what is installed needs no --policy")
             self._allowed[reference] = _load(reference)
 
-    @property
-    def names(self) -> list[str]:
-        """What may be asked for."""
-        return [*self._installed, *self._allowed]
+    def __contains__(self, order: object) -> bool:
+        return order in ORDERS or order in self._allowed or order in self._installed
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*self._installed, *self._allowed])
+
+    def __len__(self) -> int:
+        return len(self._installed) + len(self._allowed)
 
     def find(self, order: str) -> type[Policy] | None:
         """The class of a policy; None for an order of the C core.
@@ -108,6 +120,8 @@ class Orders:
         Raises:
             UnsupportedHostError: there is no such order, or it cannot be loaded.
         """
+        if order in ORDERS:
+            return None
         if order in self._allowed:
             return self._allowed[order]
         if order not in self._installed:
@@ -116,6 +130,10 @@ class Orders:
             return self._installed[order].load()
         except ConfigError as error:
             raise UnsupportedHostError(error.message, remedy=error.remedy) from error
+
+    @functools.cached_property
+    def _installed(self) -> dict[str, OrderSource]:
+        return {source.name: source for source in installed_orders()}
 
 
 def _load(reference: str) -> type[Policy]:

@@ -1,5 +1,7 @@
 """`migrate daemon`: which addresses it accepts, and what it hands on."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,15 @@ def started(monkeypatch):
     configurations = []
     monkeypatch.setattr(migrate.daemon.main, "run_daemon", configurations.append)
     return configurations
+
+
+def test_a_daemon_starts_without_what_it_may_never_need():
+    """Guests may be waiting for it."""
+    heavy = ("cryptography", "importlib.metadata", "prometheus_client", "rich", "numpy")
+    script = f"import sys, migrate.cli.daemon, migrate.daemon.main; print([n for n in {heavy} if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=50, check=True)
+
+    assert done.stdout == "[]\n"
 
 
 def test_daemon_defaults(started):

@@ -41,7 +41,7 @@ def test_the_orders_of_the_c_core_are_those_that_python_knows():
 
 def test_what_is_shipped_is_found_by_its_entry_points():
     offered = Orders()
-    assert offered.names[: len(ORDERS)] == [*ORDERS]
+    assert [*offered][: len(ORDERS)] == [*ORDERS]
     assert {name: offered.find(name) for name in SHIPPED} == SHIPPED
     assert [offered.find(name) for name in ORDERS] == [None] * len(ORDERS)
 
@@ -59,7 +59,7 @@ def test_a_name_that_is_taken_stays_what_it_was(package, caplog):
     package("squatter", GOOD, precopy="Good", stride="Good")
     offered = Orders()
     assert (offered.find("precopy"), offered.find("stride")) == (None, Stride)
-    assert offered.names.count("stride") == 1
+    assert [*offered].count("stride") == 1
     assert "squatter has an order 'stride', too" in caplog.text
 
 
@@ -104,7 +104,7 @@ def test_a_policy_that_the_operator_names_is_imported_and_offered(package):
     package("own", GOOD)
     offered = Orders(["own:Good"])
     assert offered.find("own:Good").__name__ == "Good"
-    assert "own:Good" in offered.names
+    assert "own:Good" in offered
 
 
 @pytest.mark.parametrize(
