@@ -10,7 +10,6 @@ import socket
 from contextlib import suppress
 from enum import Enum
 
-_SOCKET = os.environ.get("MIGRATE_BARRIERS")
 _ANSWER_MAX_BYTES = 16
 
 
@@ -42,9 +41,10 @@ class Point(Enum):
 
 def reach(point: Point, migration_id: str) -> None:
     """Say that a migration is at a point, and wait until it may go on."""
-    if _SOCKET is None:
+    path = os.environ.get("MIGRATE_BARRIERS")
+    if path is None:
         return
     with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
-        connection.connect(_SOCKET)
+        connection.connect(path)
         connection.send(f"{point.value} {migration_id} {os.getpid()}".encode())
         connection.recv(_ANSWER_MAX_BYTES)

@@ -224,9 +224,9 @@ def test_a_daemon_that_is_started_again_makes_the_policy_anew_or_does_without(
     migration_id = source.start(destination, name, order=OWN, peer_timeout_us=1_000_000, **SLOW)
     wait_until(lambda: source.migration(migration_id).pages.background > 200, 20, "pages to come")
     destination.kill()
-    command = destination._command
+    words = destination.words
     if not has_policy:
-        destination._command = [word for word in command if word not in ("--policy", OWN)]
+        destination.words = [word for word in words if word not in ("--policy", OWN)]
     destination.restart()
     source.wait_completed(migration_id)
     check_runs(destination, name)
@@ -235,5 +235,5 @@ def test_a_daemon_that_is_started_again_makes_the_policy_anew_or_does_without(
     assert count(destination.log, said) == (not has_policy)
     if not has_policy:
         destination.kill()
-        destination._command = command
+        destination.words = words
         destination.restart()

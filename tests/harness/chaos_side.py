@@ -30,7 +30,7 @@ class Side:
         self.state_dir, self.log = directory / name, directory / f"{name}.log"
         self.socket = self.state_dir / "guests" / f"{NAME}.sock"
         self.lock = threading.Lock()
-        self.daemon = ProxiedDaemon(chooser=chooser, env=env, state_dir=self.state_dir, log=self.log)
+        self.daemon = ProxiedDaemon(chooser=chooser, env=env, state_dir=self.state_dir, log=self.log, forked=True)
         self.control, self.pages = self.daemon.control_link, self.daemon.page_link
 
     def record(self, migration_id):

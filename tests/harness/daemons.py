@@ -22,6 +22,7 @@ from migrate.v1 import types_pb2 as types
 from tests.harness.ports import ReservedPort
 from tests.harness.processes import end_guests
 from tests.harness.waiting import wait_until
+from tests.harness.zygote import ZYGOTE
 
 FINAL = {
     types.MIGRATION_STATE_COMPLETED,
@@ -30,6 +31,7 @@ FINAL = {
     types.MIGRATION_STATE_POSTCOPY_PAUSED,
 }
 CALL_S = 30
+_STDERR = 2
 DISTRIBUTIONS = {
     "uniform": types.WORKLOAD_DISTRIBUTION_UNIFORM,
     "zipf": types.WORKLOAD_DISTRIBUTION_ZIPF,
@@ -43,6 +45,11 @@ def channel_to(address, tls_dir=None):
     options = [("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1)]
     credentials = None if tls_dir is None else channel_credentials(read_tls_dir(tls_dir))
     return open_channel(address, credentials, options)
+
+
+def _execute(command, words, env, ready_fd, stderr):
+    command = [*command, *words, "--ready-fd", str(ready_fd)]
+    return subprocess.Popen(command, pass_fds=[ready_fd], env=env, stderr=stderr)
 
 
 class DaemonProcess:
@@ -60,6 +67,10 @@ class DaemonProcess:
         log: A file that takes what it, and its guests, say on stderr, instead of ours.
         tls_dir: Its TLS directory.
         operator: The TLS directory by which we call it.
+        forked: Not a Python of its own, but forked from one that has loaded what it loads. Not with a prefix.
+
+    Attributes:
+        words: With which it starts, and starts again, but for its addresses.
     """
 
     def __init__(
@@ -75,13 +86,17 @@ class DaemonProcess:
         log=None,
         tls_dir=None,
         operator=None,
+        forked=False,
     ):
         self.state_dir = state_dir
         self.log = log
         self.operator = operator
-        self._command = [*prefix, sys.executable, "-m", "migrate", "daemon", *options]
-        self._command += [] if state_dir is None else ["--state-dir", str(state_dir)]
-        self._command += [] if tls_dir is None else ["--tls-dir", str(tls_dir)]
+        self._launch = (
+            ZYGOTE.migrate if forked else functools.partial(_execute, [*prefix, sys.executable, "-m", "migrate"])
+        )
+        self.words = ["daemon", *options]
+        self.words += [] if state_dir is None else ["--state-dir", str(state_dir)]
+        self.words += [] if tls_dir is None else ["--tls-dir", str(tls_dir)]
         self._env = {**os.environ, **(env or {})}
         self._ports = []
         if state_dir is not None and listen is None:
@@ -95,10 +110,11 @@ class DaemonProcess:
 
     def _start(self, listen, page_listen):
         ready_read, ready_write = os.pipe()
-        command = [*self._command, "--listen", listen, "--ready-fd", str(ready_write)]
-        command += [] if page_listen is None else ["--page-listen", page_listen]
-        with contextlib.nullcontext() if self.log is None else self.log.open("ab") as stderr:
-            self.process = subprocess.Popen(command, pass_fds=[ready_write], env=self._env, stderr=stderr)
+        words = [*self.words, "--listen", listen]
+        words += [] if page_listen is None else ["--page-listen", page_listen]
+        with contextlib.nullcontext() if self.log is None else self.log.open("ab") as log:
+            stderr = _STDERR if log is None else log.fileno()
+            self.process = self._launch(words, self._env, ready_write, stderr)
         os.close(ready_write)
         with os.fdopen(ready_read) as stream:
             line = stream.readline()

@@ -131,6 +131,7 @@ def recoverable_pair(directory, *, proxied=False, keep_logs=False, of_destinatio
         def start(name):
             log = directory / f"{name}.log" if keep_logs else None
             chosen = {"state_dir": directory / name, "log": log, **options, **of_one[name]}
+            chosen.setdefault("forked", "prefix" not in chosen)
             return kind(env=barriers.env, **chosen)
 
         starting = together(*(functools.partial(start, name) for name in ("source", "destination")))
