@@ -1,16 +1,12 @@
 """Skips with their reasons, which MIGRATE_TEST_REQUIRE=kvm,uffd,tmux,root turns into failures; hypothesis profiles.
 
-Where several tests run at one time, those marked `alone` do not; what a test has to say is said at the end, whichever
-process it ran in.
+What a test has to say is said at the end, whichever process it ran in.
 """
 
-import contextlib
-import fcntl
 import functools
 import os
 import shutil
 import signal
-from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -68,32 +64,6 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def _required_but_missing():
     pytest.fail("MIGRATE_TEST_REQUIRE names what this machine lacks: " + str({n: p() for n, p in _PROBES.items()}))
-
-
-# What the workers of a run agree by: locks on files that are there anyway. A test waits at the gate while one that is
-# to be alone waits for the room.
-_GATE, _ROOM = Path(__file__), Path(__file__).with_name("__init__.py")
-
-
-@contextlib.contextmanager
-def _locked(path, how):
-    with path.open("rb") as file:
-        fcntl.flock(file, how)
-        try:
-            yield
-        finally:
-            # A child that was forked meanwhile may have the file open, too.
-            fcntl.flock(file, fcntl.LOCK_UN)
-
-
-# First, for no timeout runs while it waits.
-@pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_runtest_protocol(item):
-    how = fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH
-    with contextlib.ExitStack() as room:
-        with _locked(_GATE, fcntl.LOCK_EX):
-            room.enter_context(_locked(_ROOM, how))
-        return (yield)
 
 
 _AT_THE_END = "said at the end"
