@@ -78,7 +78,7 @@ def _order(text: str) -> str:
 
 def complete_order(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Orders of this host; the destination may have others."""
-    from migrate.pager.orders import installed_orders  # noqa: PLC0415
+    from migrate.pager.orders import installed_orders  # noqa: PLC0415 - no command needs it
 
     return [
         CompletionItem(source.name, help=source.where)

@@ -1,7 +1,6 @@
 """`migrate policies`: the orders of the background that this host has."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import click
 from rich.table import Table
@@ -9,16 +8,14 @@ from rich.table import Table
 from migrate.cli.params import json_option
 from migrate.cli.render import print_json, print_table
 from migrate.errors import ConfigError
-
-if TYPE_CHECKING:
-    from migrate.pager.orders import OrderSource
+from migrate.pager.orders import OrderSource, installed_orders
 
 
 @dataclass(frozen=True, slots=True)
 class _Row:
     """An order, and the first line of what it says of itself, or why it cannot be loaded."""
 
-    source: "OrderSource"
+    source: OrderSource
     description: str
     error: str
 
@@ -30,8 +27,6 @@ def policies(as_json: bool) -> None:
 
     Of the C core, and policies: Python classes that installed packages bring. `migrate daemon --policy` adds others.
     """
-    from migrate.pager.orders import installed_orders  # noqa: PLC0415
-
     rows = [_row(source) for source in installed_orders()]
     if as_json:
         print_json([_json(row) for row in rows])
@@ -45,7 +40,7 @@ def policies(as_json: bool) -> None:
     print_table(table)
 
 
-def _row(source: "OrderSource") -> _Row:
+def _row(source: OrderSource) -> _Row:
     try:
         return _Row(source, source.describe(), "")
     except ConfigError as error:

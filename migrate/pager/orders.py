@@ -68,23 +68,20 @@ class OrderSource:
 def installed_orders() -> list[OrderSource]:
     """All orders on this host, those of the C core first. Imports none."""
     # Takes a while to load, and longer to look: a daemon that starts, or moves by an order of the C core, does neither.
-    from importlib.metadata import version  # noqa: PLC0415
+    from importlib import metadata  # noqa: PLC0415
 
-    found = {name: OrderSource(name, _OWN_PACKAGE, version(_OWN_PACKAGE)) for name in ORDERS}
-    for name, package, package_version, point in sorted(_points(), key=lambda each: (each[1] != _OWN_PACKAGE, each)):
+    found = {name: OrderSource(name, _OWN_PACKAGE, metadata.version(_OWN_PACKAGE)) for name in ORDERS}
+    points = [
+        (point.name, point.dist.name, point.dist.version, point)
+        for point in metadata.entry_points(group=GROUP)
+        if point.dist is not None
+    ]
+    for name, package, package_version, point in sorted(points, key=lambda each: (each[1] != _OWN_PACKAGE, each)):
         if name in found:
             _log.warning("package %s has an order %r, too: that of %s is taken", package, name, found[name].package)
         else:
             found[name] = OrderSource(name, package, package_version, point)
     return list(found.values())
-
-
-def _points() -> Iterator[tuple[str, str, str, "EntryPoint"]]:
-    from importlib.metadata import entry_points  # noqa: PLC0415
-
-    for point in entry_points(group=GROUP):
-        if point.dist is not None:
-            yield point.name, point.dist.name, point.dist.version, point
 
 
 class Orders(Collection[str]):
