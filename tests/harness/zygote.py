@@ -1,4 +1,4 @@
-"""Forks daemons from a process that has loaded what daemons load, for loading takes longer than most tests do.
+"""Forks daemons from a process that has loaded what daemons load, for that is most of what a start costs.
 
 What runs is `migrate` with its words, and dies and is reaped like any process; that Python comes to it by itself is for
 tests that start theirs anew. It forks nothing once the other end of its socket is closed.
@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -71,9 +72,10 @@ class ForkedProcess:
         self.pid = pid
         self.returncode = None
         self._zygote = zygote
-        self._lock = threading.Lock()
-        # It is reaped on request, so that it is still the one that was forked.
+        self._reaping = threading.Lock()
+        # It is reaped on request, so that it is still the one that was forked. Others may wait on it: it stays open.
         self._pidfd = os.pidfd_open(pid)
+        weakref.finalize(self, os.close, self._pidfd)
 
     def poll(self):
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -81,18 +83,16 @@ class ForkedProcess:
         return self.returncode
 
     def wait(self, timeout=None):
-        with self._lock:
+        if not select.select([self._pidfd], [], [], timeout)[0]:
+            raise subprocess.TimeoutExpired("migrate", timeout)
+        with self._reaping:
             if self.returncode is None:
-                if not select.select([self._pidfd], [], [], timeout)[0]:
-                    raise subprocess.TimeoutExpired("migrate", timeout)
                 self.returncode = self._zygote.reap(self.pid)
-                os.close(self._pidfd)
-            return self.returncode
+        return self.returncode
 
     def send_signal(self, number):
-        with self._lock:
-            if self.returncode is None:
-                signal.pidfd_send_signal(self._pidfd, number)
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, number)
 
     def kill(self):
         self.send_signal(signal.SIGKILL)

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -41,8 +42,11 @@ def test_a_daemon_serves_and_ends_as_it_is_told(ready, tmp_path):
     assert process.poll() is None
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(0)
-    process.send_signal(15)
-    assert process.wait(20) == 0
+    with ThreadPoolExecutor(1) as pool:
+        waits = pool.submit(process.wait, 20)
+        assert process.poll() is None, "while somebody waits"
+        process.send_signal(15)
+        assert waits.result() == process.poll() == 0
 
 
 def test_a_daemon_that_is_killed_is_gone(ready, tmp_path):
